@@ -1,0 +1,69 @@
+"""What an institution says about its own node: where its data lies, what hardware tier it is, its limits."""
+
+from pathlib import Path
+
+from flwr.app import Context
+from pydantic import Field, PositiveInt
+
+from protocol.configuration import parse, read_yaml
+from protocol.errors import ConfigurationError
+from protocol.plan import Name, Strict
+from strategies.selector import TierName
+
+
+class Node(Strict):
+    """One node's own settings. None of it leaves the node but ``name``."""
+
+    name: Name = Field("node", max_length=80, description="what reports call this node")
+    train: Path = Field(description="its training rows")
+    evaluate: Path | None = Field(None, description="held-out rows; without it a share of the training rows is held out")
+    tier: TierName = Field("large", description="class of its hardware")
+    max_rank: PositiveInt | None = Field(None, description="the institution's own limit on the rank")
+    state: Path | None = Field(None, description="file that remembers, over a restart, which rows were trained on")
+    folder: Path | None = Field(None, description="keeps checkpoints and TensorBoard logs of each round")
+    progress: bool = Field(False, description="show progress bars")
+
+
+class Nodes(Strict):
+    """Several nodes in one file, for simulations: a node's place in the list is its partition."""
+
+    nodes: tuple[Node, ...] = Field(min_length=1)
+
+
+def from_context(context: Context) -> Node:
+    """The node that Flower started: ``--node-config`` on a SuperNode, or a line of the ``nodes`` file in a simulation.
+
+    Raises:
+        ConfigurationError: Neither is there, or it does not fit.
+    """
+    own = {key: value for key, value in context.node_config.items() if key not in ("partition-id", "num-partitions")}
+    if own:
+        return parse({key.replace("-", "_"): value for key, value in own.items()}, Node, source="node config")
+    listed = str(context.run_config.get("nodes", ""))
+    if not listed:
+        raise ConfigurationError("node config", ["train: missing; start the node with --node-config 'train=\"rows.jsonl\"'"])
+    nodes = read_nodes(Path(listed))
+    at = int(context.node_config.get("partition-id", 0))
+    if at >= len(nodes):
+        raise ConfigurationError(listed, [f"nodes: {len(nodes)} listed, this is number {at + 1}; list every node"])
+    return nodes[at]
+
+
+def read_nodes(path: Path) -> tuple[Node, ...]:
+    """Nodes of a YAML file; their paths are relative to it.
+
+    Raises:
+        ConfigurationError: Every problem of the file.
+    """
+    return beside(path, parse(read_yaml(path), Nodes, source=str(path)).nodes)
+
+
+def beside(path: Path, nodes: tuple[Node, ...]) -> tuple[Node, ...]:
+    """The nodes with relative paths taken from the folder of the file that names them."""
+    folder = path.resolve().parent
+    return tuple(
+        node.model_copy(
+            update={name: folder / value for name in ("train", "evaluate", "state", "folder") if (value := getattr(node, name))}
+        )
+        for node in nodes
+    )

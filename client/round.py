@@ -1,0 +1,165 @@
+"""One round at a node: choose a plan, load, put the global adapter in, train on fresh rows, make the update."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from client.node import Node
+from protocol.adapter import Adapter, Array
+from protocol.errors import BaseMismatchError, DataError
+from protocol.manifest import Manifest
+from protocol.plan import Plan
+from protocol.records import Call, Offer, Received
+from protocol.update import Update
+from strategies.base_model import Base, find
+from strategies.data.formats import LabelledText, Row, load
+from strategies.data.splits import hold_out, window
+from strategies.evaluation.measure import measure
+from strategies.methods import lora
+from strategies.selector import Selection, select
+from strategies.training import Stretch, fit
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one round made.
+
+    Attributes:
+        update: Goes to the coordinator.
+        metrics: Go with it.
+        position: Where the next round begins to read.
+    """
+
+    update: Update
+    metrics: dict[str, float]
+    position: int
+
+
+def choose(wish: Plan, node: Node) -> Selection:
+    """The plan that this node carries out, with its reasons; the reasons stay here."""
+    return select(wish, node.tier, node.max_rank)
+
+
+def join(call: Call, node: Node) -> Offer:
+    """Looks at plan, data and base, and says which adapter this node can train.
+
+    Raises:
+        UserError: The base or the data is not there or does not fit the plan.
+    """
+    plan, base = choose(call.plan, node).chosen, find(call.plan.base_model)
+    training_rows(plan, node)
+    modules, dense = lora.shapes(base, plan)
+    return Offer(
+        name=node.name,
+        base_digest=base.digest,
+        method=plan.method,
+        precision=plan.precision,
+        r=plan.lora.r,
+        modules=modules,
+        dense=dense,
+    )
+
+
+def train(received: Received, node: Node, position: int) -> Work:
+    """Trains one round.
+
+    Args:
+        received: The coordinator's call and the global adapter at this node's rank.
+        node: This node's settings.
+        position: Rows that this node has trained on before.
+
+    Raises:
+        BaseMismatchError: The adapter is of another base than the one here.
+    """
+    call = received.call
+    plan, base = _at_offered_rank(call, node), _same_base(call)
+    rows = training_rows(plan, node)
+    fresh, after = _fresh(rows, plan, call, position)
+    trained = fit(
+        # A new seed each round, or directions that a small rank leaves free would start from the same draw for ever.
+        plan.model_copy(update={"training": plan.training.model_copy(update={"seed": plan.training.seed + call.round - 1})}),
+        base,
+        fresh,
+        held_out_rows(plan, node) if plan.training.eval_steps else (),
+        folder=node.folder / f"round-{call.round:04d}" if node.folder else None,
+        progress=node.progress,
+        start=received.adapter if call.round > 1 else None,
+        stretch=_stretch(plan, call),
+    )
+    manifest = Manifest(
+        base_digest=base.digest,
+        kind="update",
+        method=plan.method,
+        r=plan.lora.r,
+        precision=plan.precision,
+        federation=call.federation,
+        round=call.round,
+        parent=call.digest,
+        num_examples=len(fresh),
+    )
+    update = Update(trained.adapter, manifest, _trained_rows(trained.adapter, rows, plan))
+    return Work(update, dict(trained.metrics), after)
+
+
+def evaluate(received: Received, node: Node) -> tuple[dict[str, float], int]:
+    """Measures the global adapter on this node's held-out rows; returns metrics and how many rows."""
+    plan, base = choose(received.call.plan, node).chosen, _same_base(received.call)
+    rows = held_out_rows(plan, node)
+    return measure(plan, base, rows, received.adapter), len(rows)
+
+
+def training_rows(plan: Plan, node: Node) -> list[Row]:
+    """Rows that may train: all of the file, or all but the held-out share."""
+    return _split(plan, node)[0]
+
+
+def held_out_rows(plan: Plan, node: Node) -> list[Row]:
+    """Rows that must not train."""
+    return load(node.evaluate, plan) if node.evaluate else _split(plan, node)[1]
+
+
+def _split(plan: Plan, node: Node) -> tuple[list[Row], list[Row]]:
+    rows = load(node.train, plan)
+    if node.evaluate:
+        return rows, []
+    if len(rows) < 2:
+        raise DataError(f"{node.train}: 1 row; holding rows out needs at least 2, or a separate evaluate file")
+    return hold_out(rows, plan.data.evaluate_fraction, plan.training.seed)
+
+
+def _fresh(rows: Sequence[Row], plan: Plan, call: Call, position: int) -> tuple[list[Row], int]:
+    """All rows where the plan counts epochs or there is but one round; else as many as its steps can take, in turn."""
+    settings = plan.training
+    if settings.max_steps is None or call.rounds == 1:
+        return list(rows), position
+    count = settings.max_steps * settings.batch_size * settings.gradient_accumulation_steps
+    return [rows[at] for at in window(len(rows), position, count, settings.seed)], position + count
+
+
+def _stretch(plan: Plan, call: Call) -> Stretch:
+    steps = plan.training.max_steps
+    return Stretch(done=steps * (call.round - 1), total=steps * call.rounds) if steps else Stretch()
+
+
+def _at_offered_rank(call: Call, node: Node) -> Plan:
+    plan = choose(call.plan, node).chosen
+    return plan if plan.lora.r == call.r else plan.model_copy(update={"lora": plan.lora.with_rank(call.r)})
+
+
+def _same_base(call: Call) -> Base:
+    base = find(call.plan.base_model)
+    if call.manifest and call.manifest.base_digest != base.digest:
+        raise BaseMismatchError(
+            f"the federation trains base {call.manifest.base_digest[:12]}, {base.folder} is {base.digest[:12]}"
+        )
+    return base
+
+
+def _trained_rows(adapter: Adapter, rows: Sequence[Row], plan: Plan) -> dict[str, Array]:
+    """For a classifier's head: the rows of the labels that this node has."""
+    count = len(plan.data.labels or ())
+    labels = [row.label for row in rows if isinstance(row, LabelledText)]
+    mask = np.zeros(count, dtype=bool)
+    mask[labels] = True
+    return {name: mask for name, tensor in adapter.dense.items() if labels and tensor.shape[0] == count}

@@ -1,0 +1,1 @@
+"""From adapter to device (export side and device runtime)."""

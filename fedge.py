@@ -1,0 +1,53 @@
+"""The ``fedge`` command: mounts each folder's verbs. Heavy imports happen inside a verb, so that ``--help`` is instant."""
+
+import logging
+import os
+import sys
+
+import typer
+
+import simulations.commands
+import strategies.commands
+from protocol.errors import AdapterError, FedgeError, UserError
+
+app = typer.Typer(
+    name="fedge",
+    help="Federated and on-device fine-tuning of language models.",
+    epilog="--debug anywhere shows the traceback of an error.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+simulations.commands.mount(app)
+strategies.commands.mount(app)
+
+
+def main() -> None:
+    """Runs the command: exit code 0, 1 when something failed, 2 for what the user can mend."""
+    debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    _calm_libraries(debug)
+    try:
+        app()
+    except FedgeError as error:
+        if debug:
+            raise
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2 if isinstance(error, UserError | AdapterError) else 1)
+    except (OSError, MemoryError) as error:
+        if debug:
+            raise
+        typer.echo(f"error: {type(error).__name__}: {error} (--debug shows where)", err=True)
+        sys.exit(1)
+
+
+def _calm_libraries(debug: bool) -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not debug:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    main()

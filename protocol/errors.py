@@ -1,0 +1,83 @@
+"""The tree of errors: what was found, what was expected, what to do.
+
+    FedgeError                     anything this project raises on purpose
+    ├── UserError                  a mistake the person at the keyboard can mend (exit code 2)
+    │   ├── ConfigurationError     a plan, federation or node file; carries every problem at once
+    │   ├── DataError              a data file or a row of it
+    │   └── ModelError             a base model that is missing or cannot do what was asked
+    ├── AdapterError               bytes, tensors or files that are not a valid adapter
+    │   └── BaseMismatchError      a valid adapter, but of another base model
+    ├── MessageError               a Flower message that does not follow the protocol
+    └── FederationError            a round or a federation that cannot go on
+
+Messages never quote the content of a row: paths, line numbers, field names, shapes and counts only.
+Every class has a ``code``: the only thing about an error that may leave a node.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+
+class FedgeError(Exception):
+    """Anything this project raises on purpose; ``code`` is what may cross the network."""
+
+    code: ClassVar[str] = "internal"
+
+
+class UserError(FedgeError):
+    """A mistake that the person at the keyboard can mend; commands exit with code 2."""
+
+    code = "user"
+
+
+class ConfigurationError(UserError):
+    """A configuration that cannot be used. Carries all of its problems, not just the first.
+
+    Args:
+        source: What was read (a path, or ``"run config"``).
+        problems: One line each: where, what was found, what was expected.
+    """
+
+    code = "configuration"
+
+    def __init__(self, source: str, problems: Sequence[str]) -> None:
+        self.source = source
+        self.problems = tuple(problems)
+        count = f"{len(self.problems)} problem{'s' if len(self.problems) != 1 else ''}"
+        super().__init__(f"{source}: {count}\n" + "\n".join(f"  - {problem}" for problem in self.problems))
+
+
+class DataError(UserError):
+    """A data file, or a row of it, that cannot be used; names file and line, never the content."""
+
+    code = "data"
+
+
+class ModelError(UserError):
+    """A base model that is missing or cannot do what the plan asks."""
+
+    code = "model"
+
+
+class AdapterError(FedgeError):
+    """Bytes, tensors or files that are not a valid adapter."""
+
+    code = "adapter"
+
+
+class BaseMismatchError(AdapterError):
+    """A valid adapter that was trained on another base model."""
+
+    code = "base-mismatch"
+
+
+class MessageError(FedgeError):
+    """A Flower message that does not follow the protocol."""
+
+    code = "message"
+
+
+class FederationError(FedgeError):
+    """A round or a federation that cannot go on."""
+
+    code = "federation"

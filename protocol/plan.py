@@ -1,0 +1,112 @@
+"""How one machine fine-tunes: method, objective, precision, rank, batch, schedule. What YAML holds and training takes.
+
+A plan lives here and not in ``strategies`` because the parties agree on it: the coordinator publishes the plan that it
+wishes, each node narrows it to what it can do, and the shape of what was chosen travels back. Learning-rate and schedule
+names are Hugging Face's; adapter names are PEFT's.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, StringConstraints, model_validator
+
+Objective = Literal["sft", "classification"]
+Method = Literal["lora", "qlora"]
+Precision = Literal["fp32", "bf16", "fp16", "int8", "nf4"]
+QUANTISED: tuple[Precision, ...] = ("int8", "nf4")
+Name = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
+
+
+class Strict(BaseModel):
+    """Frozen; an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class LoraSettings(Strict):
+    """Shape of the adapter (Hu et al. 2021, arXiv:2106.09685); names as in ``peft.LoraConfig``."""
+
+    r: PositiveInt = Field(16, le=1024, description="rank")
+    lora_alpha: PositiveFloat = Field(32.0, description="the change is lora_alpha / r * B @ A")
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: Literal["all-linear"] | tuple[Name, ...] = Field(
+        "all-linear", description="module names, or every linear layer but the head"
+    )
+
+    @model_validator(mode="after")
+    def _some_target(self) -> "LoraSettings":
+        if not self.target_modules:
+            raise ValueError("target_modules is empty; name at least one module, or write all-linear")
+        return self
+
+    def with_rank(self, r: int) -> "LoraSettings":
+        """The same at another rank, with ``lora_alpha / r`` kept."""
+        return self.model_copy(update={"r": r, "lora_alpha": self.lora_alpha / self.r * r})
+
+
+class DataSettings(Strict):
+    """Where rows come from and how they are read. A coordinator's plan has no paths: each node brings its own."""
+
+    train: Path | None = Field(None, description="JSON, JSONL, CSV or Parquet file")
+    evaluate: Path | None = Field(None, description="held-out rows; without it a share of the training rows is held out")
+    evaluate_fraction: float = Field(0.1, gt=0, lt=1, description="share held out when there is no evaluate file")
+    labels: tuple[Name, ...] | None = Field(None, description="classification: every label, in the order of the head's rows")
+    max_length: PositiveInt = Field(512, description="tokens; longer rows are cut, and counted in the report")
+
+    @model_validator(mode="after")
+    def _labels(self) -> "DataSettings":
+        if self.labels is not None and len(set(self.labels)) != len(self.labels):
+            raise ValueError("labels hold the same name twice")
+        if self.labels is not None and len(self.labels) < 2:
+            raise ValueError(f"labels hold {len(self.labels)} name(s); classification needs at least 2")
+        return self
+
+
+class TrainingSettings(Strict):
+    """One stretch of training; names and meanings are those of ``transformers.TrainingArguments``."""
+
+    learning_rate: PositiveFloat = 2e-4
+    batch_size: PositiveInt = 8
+    gradient_accumulation_steps: PositiveInt = 1
+    num_train_epochs: PositiveFloat = Field(3.0, description="used when max_steps is not set")
+    max_steps: PositiveInt | None = Field(None, description="optimizer steps; in a federation, per round")
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    warmup_ratio: float = Field(0.1, ge=0, lt=1)
+    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "sgd"] = "adamw_torch"
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: PositiveFloat = 1.0
+    gradient_checkpointing: bool = False
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    seed: int = Field(0, ge=0, lt=2**32)
+    eval_steps: PositiveInt | None = Field(None, description="evaluate every so many steps; needed for early stopping")
+    early_stopping_patience: PositiveInt | None = Field(None, description="stop after so many evaluations without gain")
+    save_steps: PositiveInt | None = Field(None, description="keep a checkpoint every so many steps")
+    save_total_limit: PositiveInt = 2
+    logging_steps: PositiveInt = 10
+    tensorboard: bool = False
+
+    @model_validator(mode="after")
+    def _stopping_needs_evaluations(self) -> "TrainingSettings":
+        if self.early_stopping_patience and not self.eval_steps:
+            raise ValueError("early_stopping_patience needs eval_steps: there is nothing to be patient about")
+        return self
+
+
+class Plan(Strict):
+    """Everything that training on one machine needs."""
+
+    base_model: Name = Field("tiny", description="hub name, local folder, installed package, or 'tiny' (embedded)")
+    objective: Objective = "sft"
+    method: Method = "lora"
+    precision: Precision = Field("fp32", description="how the frozen base is held")
+    lora: LoraSettings = LoraSettings()
+    data: DataSettings = DataSettings()
+    training: TrainingSettings = TrainingSettings()
+
+    @model_validator(mode="after")
+    def _pairs(self) -> "Plan":
+        if self.method == "qlora" and self.precision not in QUANTISED:
+            raise ValueError(f"method qlora needs precision nf4 or int8, found {self.precision}; or choose method lora")
+        if self.method == "lora" and self.precision in QUANTISED:
+            raise ValueError(f"method lora on a {self.precision} base is qlora; write method: qlora")
+        return self

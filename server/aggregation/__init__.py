@@ -1,0 +1,1 @@
+"""Aggregation rules, one per file, each behind ``begin`` / ``add`` / ``finalise``."""

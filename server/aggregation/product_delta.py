@@ -1,0 +1,130 @@
+"""ProductDelta: adds what every node changed, in product space, whatever its rank.
+
+Let ``G`` be the global change of one module's weight, of bounded rank. Node k started from ``start_k = SVD_{r_k}(G)`` and
+came back with ``B_k A_k`` (scaling inside). What it contributes is its innovation ``B_k A_k - start_k``, so that
+
+    G  <-  SVD_cap( G + eta * sum_k w_k (B_k A_k - start_k) ),     w_k = n_k / sum n
+
+Averaging absolute adapters instead lets a node of small rank vote zero on every direction that it was never sent, and
+averaging A and B apart adds cross terms ``B_i A_j`` (both shown in Wang et al. 2024, FLoRA, arXiv:2409.05976, section 3).
+The sum is exact: all factors stacked, two thin QR factorisations, one small SVD (``protocol.product_space``), in float64.
+
+Dense tensors take the weighted mean of the changes. A row that only some nodes trained (a classifier's row, known by
+``Update.rows``) is averaged over those alone; a row that nobody trained stays.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from protocol.adapter import Adapter, Array, Factors
+from protocol.product_space import compress, effective_rank
+from protocol.update import Update
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did, for the round's record.
+
+    Attributes:
+        updates: How many were merged.
+        num_examples: Examples behind them.
+        discarded_energy: Largest share over modules of squared norm cut off by the rank cap, 0 to 1.
+        effective_rank: Mean over modules (Roy and Vetterli 2007); a fall from round to round is a collapse.
+    """
+
+    updates: int
+    num_examples: int
+    discarded_energy: float
+    effective_rank: float
+
+
+@dataclass
+class _Dense:
+    start: Array
+    change: Array
+    weight: Array
+
+
+class ProductDelta:
+    """``begin`` a round from the global adapter, ``add`` updates in any order, ``finalise`` the next global adapter.
+
+    Args:
+        rank_cap: Largest rank of the global adapter.
+        server_learning_rate: ``eta``; 1 adds the mean innovation as it is.
+    """
+
+    def __init__(self, rank_cap: int, server_learning_rate: float = 1.0) -> None:
+        self.rank_cap = rank_cap
+        self.server_learning_rate = server_learning_rate
+        self.begin(Adapter())
+
+    def begin(self, current: Adapter) -> None:
+        """Starts a round from the current global adapter (empty before the first)."""
+        self._current = current
+        self._terms: dict[str, list[tuple[float, Factors]]] = {}
+        self._dense: dict[str, _Dense] = {}
+        self._examples = 0
+        self._updates = 0
+
+    def add(self, update: Update, start: Adapter) -> None:
+        """Adds one update, weighted by its examples.
+
+        Args:
+            update: Admitted already: shapes and names are trusted here.
+            start: The adapter that the node was sent, as it arrived there; a module or tensor that it lacks counts as a
+                zero product, or as the node's own untouched start.
+        """
+        weight = update.manifest.num_examples
+        self._examples += weight
+        self._updates += 1
+        for module, pair in update.adapter.factors.items():
+            terms = self._terms.setdefault(module, [])
+            terms.append((weight, pair))
+            if module in start.factors:
+                terms.append((-weight, start.factors[module]))
+        for name, tensor in update.adapter.dense.items():
+            self._add_dense(name, tensor, update.rows.get(name), weight)
+
+    def finalise(self) -> tuple[Adapter, MergeReport]:
+        """The next global adapter (float32, scaling 1) and what the merge did."""
+        factors, discarded, ranks = {}, [0.0], []
+        for module in sorted(self._current.factors.keys() | self._terms.keys()):
+            merged = compress(self._weighted(module), self._shape(module), self.rank_cap)
+            pair = merged.factors
+            factors[module] = Factors(A=pair.A.astype(np.float32), B=pair.B.astype(np.float32))
+            discarded.append(merged.discarded_energy)
+            ranks.append(effective_rank(merged.singular_values))
+        dense = dict(self._current.dense) | {name: self._merged_dense(name) for name in sorted(self._dense)}
+        report = MergeReport(self._updates, self._examples, max(discarded), float(np.mean(ranks)) if ranks else 0.0)
+        return Adapter(factors, dense), report
+
+    def _weighted(self, module: str) -> list[tuple[float, Factors]]:
+        scale = self.server_learning_rate / max(self._examples, 1)
+        terms = [(scale * weight, pair) for weight, pair in self._terms.get(module, ())]
+        if module in self._current.factors:
+            terms.append((1.0, self._current.factors[module]))
+        return terms
+
+    def _shape(self, module: str) -> tuple[int, int]:
+        if module in self._current.factors:
+            return self._current.factors[module].shape
+        return self._terms[module][0][1].shape
+
+    def _add_dense(self, name: str, tensor: Array, rows: Array | None, weight: int) -> None:
+        value = tensor.astype(np.float64)
+        if name not in self._dense:
+            start = self._current.dense.get(name, tensor).astype(np.float64)
+            self._dense[name] = _Dense(start, np.zeros_like(start), np.zeros(start.shape[:1]))
+        sums = self._dense[name]
+        mask = np.ones(value.shape[:1]) if rows is None else rows.astype(np.float64)
+        share = weight * mask
+        sums.change += share.reshape(-1, *[1] * (value.ndim - 1)) * (value - sums.start)
+        sums.weight += share
+
+    def _merged_dense(self, name: str) -> Array:
+        sums = self._dense[name]
+        weight = np.maximum(sums.weight, 1e-300).reshape(-1, *[1] * (sums.change.ndim - 1))
+        # Before the first merge nobody here has seen the untouched start, so there is nothing to take a step away from.
+        step = self.server_learning_rate if name in self._current.dense else 1.0
+        return (sums.start + step * sums.change / weight).astype(np.float32)

@@ -1,0 +1,42 @@
+"""The ServerApp that ``flwr run`` starts: reads the federation's file and hands over to the round loop."""
+
+import logging
+import sys
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from protocol.configuration import load
+from protocol.errors import ConfigurationError
+from protocol.federation import Federation
+from server.ledger import RoundRecord
+from server.rounds import run
+
+log = logging.getLogger("flwr")
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Runs the federation whose file the run config names under ``federation``."""
+    federation = load(_find(str(context.run_config["federation"])), Federation)
+    outcome = run(grid, federation, watch=_tell)
+    log.info("global adapter of rank %d in %s", outcome.manifest.r, federation.output.resolve() / "adapter")
+
+
+def _tell(record: RoundRecord) -> None:
+    log.info("round %d: merged %d update(s) in %.1f s", record.round, len(record.accepted), record.seconds)
+    for node, reason in record.refused.items():
+        log.warning("round %d: refused %s: %s", record.round, node, reason)
+    for node, metrics in record.evaluation.items():
+        log.info("round %d: %s: %s", record.round, node, ", ".join(f"{k} {v:.4g}" for k, v in sorted(metrics.items())))
+
+
+def _find(name: str) -> Path:
+    """A path as given, or inside the app's own files: the working directory is the SuperLink's."""
+    for folder in ("", *sys.path):
+        path = Path(folder, name)
+        if path.is_file():
+            return path
+    raise ConfigurationError("run config", [f"federation: {name!r} is no file here; give an absolute path"])

@@ -1,0 +1,241 @@
+"""The round loop: ask who can do what, send each node its start, merge what comes back, keep it, measure it.
+
+One update's way: the global adapter is cut to the node's rank and encoded (``_start``), travels with a ``Call``, comes back
+as an ``Update``, is read and held against what was asked (``server.admission``), and is added to the rule, which takes the
+start away again. Flower's own ``Strategy.start`` always begins at round 1 and merges absolute arrays; this loop needs
+neither and works on any ``Grid``: a SuperLink's or the in-process one.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TypeVar
+
+from flwr.app import Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from protocol.adapter import Adapter
+from protocol.codec import encode
+from protocol.errors import FederationError, FedgeError, MessageError
+from protocol.federation import Federation
+from protocol.manifest import Manifest
+from protocol.product_space import at_rank
+from protocol.records import Call, Offer, call_records, read_metrics, read_offer, read_update
+from server.admission import check, check_offer
+from server.aggregation.product_delta import ProductDelta
+from server.ledger import Ledger, RoundRecord
+
+T = TypeVar("T")
+TASK_TYPES = {"sft": "CAUSAL_LM", "classification": "SEQ_CLS"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a federation ended.
+
+    Attributes:
+        adapter: The global adapter after the last round.
+        manifest: Its description.
+        offers: What each node offered, by node name.
+        rounds: One record per round, the evaluation before training first if there was one.
+        left_out: Reason by node, for those that could not join.
+    """
+
+    adapter: Adapter
+    manifest: Manifest
+    offers: Mapping[str, Offer]
+    rounds: list[RoundRecord]
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+
+def run(grid: Grid, federation: Federation, watch: Callable[[RoundRecord], None] = lambda record: None) -> Outcome:
+    """Runs a federation to its end.
+
+    Args:
+        grid: Reaches the nodes.
+        federation: What to publish.
+        watch: Called after every round.
+
+    Raises:
+        FederationError: Too few nodes joined, or too few sent a usable update.
+    """
+    return _Rounds(grid, federation, watch).run()
+
+
+class _Rounds:
+    def __init__(self, grid: Grid, federation: Federation, watch: Callable[[RoundRecord], None]) -> None:
+        self._grid = grid
+        self._federation = federation
+        self._watch = watch
+        self._rule = ProductDelta(federation.rounds.rank_cap, federation.rounds.server_learning_rate)
+        self._ledger = Ledger(
+            federation.output, base_model=federation.plan.base_model, task_type=TASK_TYPES[federation.plan.objective]
+        )
+        self._offers: dict[int, Offer] = {}
+        self._names: dict[int, str] = {}
+        self._left_out: dict[str, str] = {}
+
+    def run(self) -> Outcome:
+        self._join()
+        adapter, manifest = Adapter(), self._manifest(0, "", 0)
+        records: list[RoundRecord] = []
+        for number in range(1, self._federation.rounds.count + 1):
+            adapter, manifest, record = self._round(number, adapter, manifest)
+            self._ledger.keep(record, adapter, manifest)
+            records.append(record)
+            self._watch(record)
+        offers = {self._names[node]: offer for node, offer in self._offers.items()}
+        return Outcome(adapter, manifest, offers, records, self._left_out)
+
+    def _join(self) -> None:
+        nodes = self._wait_for_nodes()
+        call = self._call(0, 0, None, "")
+        replies = self._exchange(MessageType.QUERY, dict.fromkeys(nodes, (call, None)))
+        offers, refused = _read_all(replies, lambda node, content: read_offer(content))
+        for node, reason in refused.items():
+            self._left_out[f"node-{node}"] = reason
+        if offers:
+            digest = Counter(offer.base_digest for offer in offers.values()).most_common(1)[0][0]
+            reference = next(offer for _, offer in sorted(offers.items()) if offer.base_digest == digest)
+            for node, offer in sorted(offers.items()):
+                try:
+                    check_offer(offer, reference)
+                except MessageError as error:
+                    self._left_out[offer.name] = str(error)
+                else:
+                    self._offers[node] = offer
+                    self._names[node] = _unique(offer.name, set(self._names.values()), node)
+        if len(self._offers) < self._federation.rounds.minimum_nodes:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in self._left_out.items()) or "none was refused"
+            raise FederationError(
+                f"{len(self._offers)} node(s) can take part, {self._federation.rounds.minimum_nodes} are needed ({reasons})"
+            )
+        facts = {"federation": self._federation.model_dump(mode="json"), "left_out": self._left_out}
+        offered = {self._names[node]: offer.model_dump(mode="json") for node, offer in self._offers.items()}
+        self._ledger.describe(facts | {"offers": offered})
+
+    def _wait_for_nodes(self) -> list[int]:
+        deadline = time.monotonic() + self._federation.rounds.join_seconds
+        wanted = self._federation.rounds.minimum_nodes
+        while len(nodes := sorted(self._grid.get_node_ids())) < wanted:
+            if time.monotonic() > deadline:
+                raise FederationError(
+                    f"{len(nodes)} of {wanted} nodes connected within {self._federation.rounds.join_seconds:g} s; "
+                    "start the missing nodes, or lower rounds.minimum_nodes"
+                )
+            time.sleep(0.5)
+        return nodes
+
+    def _round(self, number: int, adapter: Adapter, manifest: Manifest) -> tuple[Adapter, Manifest, RoundRecord]:
+        begun = time.monotonic()
+        starts = {rank: self._start(adapter, rank) for rank in sorted({offer.r for offer in self._offers.values()})}
+        asked = {
+            node: (self._call(number, offer.r, manifest, starts[offer.r].digest()), starts[offer.r])
+            for node, offer in self._offers.items()
+        }
+        replies = self._exchange(MessageType.TRAIN, asked)
+        self._rule.begin(adapter)
+        received = 0
+
+        def admit(node: int, content: RecordDict) -> dict[str, float]:
+            nonlocal received
+            update, metrics = read_update(content)
+            check(update, self._offers[node], asked[node][0])
+            self._rule.add(update, asked[node][1])
+            received += update.adapter.nbytes()
+            return metrics | {"num-examples": update.manifest.num_examples}
+
+        accepted, refused = _read_all(replies, admit)
+        for node in asked.keys() - accepted.keys() - refused.keys():
+            refused[node] = f"no reply within {self._federation.rounds.timeout_seconds:g} s"
+        if len(accepted) < self._federation.rounds.minimum_nodes:
+            reasons = "; ".join(f"{self._names[node]}: {reason}" for node, reason in refused.items())
+            raise FederationError(
+                f"round {number}: {len(accepted)} usable update(s), "
+                f"{self._federation.rounds.minimum_nodes} are needed ({reasons})"
+            )
+        merged, report = self._rule.finalise()
+        made = self._manifest(number, adapter.digest(), report.num_examples, max(merged.ranks().values(), default=0))
+        seconds = time.monotonic() - begun
+        record = RoundRecord(
+            round=number,
+            accepted={self._names[node]: metrics for node, metrics in accepted.items()},
+            refused={self._names[node]: reason for node, reason in refused.items()},
+            evaluation=self._evaluate(number, merged, made),
+            merge=asdict(report),
+            bytes_sent=sum(start.nbytes() for _, start in asked.values()),
+            bytes_received=received,
+            seconds=seconds,
+        )
+        return merged, made, record
+
+    def _evaluate(self, number: int, adapter: Adapter, manifest: Manifest) -> dict[str, dict[str, float]]:
+        every, last = self._federation.rounds.evaluate_every, number == self._federation.rounds.count
+        if not last and (not every or number % every):
+            return {}
+        sent = encode(adapter, self._federation.rounds.wire)
+        call = self._call(number, manifest.r, manifest, sent.digest())
+        replies = self._exchange(MessageType.EVALUATE, dict.fromkeys(self._offers, (call, sent)))
+
+        def measured(node: int, content: RecordDict) -> dict[str, float]:
+            metrics, num_examples = read_metrics(content)
+            return metrics | {"num-examples": num_examples}
+
+        results, _ = _read_all(replies, measured)
+        return {self._names[node]: metrics for node, metrics in sorted(results.items())}
+
+    def _start(self, adapter: Adapter, rank: int) -> Adapter:
+        factors = {module: at_rank(pair, rank) for module, pair in adapter.factors.items()}
+        return encode(Adapter(factors, adapter.dense), self._federation.rounds.wire)
+
+    def _call(self, number: int, r: int, manifest: Manifest | None, digest: str) -> Call:
+        return Call(
+            federation=self._federation.name,
+            round=number,
+            rounds=self._federation.rounds.count,
+            plan=self._federation.plan,
+            r=r,
+            manifest=manifest,
+            digest=digest,
+            wire=self._federation.rounds.wire,
+        )
+
+    def _manifest(self, number: int, parent: str, num_examples: int, r: int = 0) -> Manifest:
+        base_digest = next(iter(self._offers.values())).base_digest
+        return Manifest(
+            base_digest=base_digest,
+            kind="global",
+            r=r,
+            federation=self._federation.name,
+            round=number,
+            parent=parent,
+            num_examples=num_examples,
+        )
+
+    def _exchange(self, kind: str, asked: Mapping[int, tuple[Call, Adapter | None]]) -> Iterable[Message]:
+        messages = [
+            Message(call_records(call, adapter), dst_node_id=node, message_type=kind)
+            for node, (call, adapter) in sorted(asked.items())
+        ]
+        return self._grid.send_and_receive(messages, timeout=self._federation.rounds.timeout_seconds)
+
+
+def _read_all(replies: Iterable[Message], read: Callable[[int, RecordDict], T]) -> tuple[dict[int, T], dict[int, str]]:
+    """What each node said, or why it could not be used. In order of node id, so that a run can be repeated."""
+    results: dict[int, T] = {}
+    refused: dict[int, str] = {}
+    for reply in sorted(replies, key=lambda message: message.metadata.src_node_id):
+        node = reply.metadata.src_node_id
+        if reply.has_error():
+            refused[node] = f"the node answered with an error: {reply.error.reason or reply.error.code}"[:200]
+            continue
+        try:
+            results[node] = read(node, reply.content)
+        except FedgeError as error:
+            refused[node] = str(error)
+    return results, refused
+
+
+def _unique(name: str, taken: set[str], node: int) -> str:
+    return name if name not in taken else f"{name}-{node}"

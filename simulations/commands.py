@@ -1,0 +1,140 @@
+"""Verbs that run whole federations in one process: ``fedge demo``, ``fedge simulate`` and, with one client, ``fedge train``."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from server.ledger import RoundRecord
+    from simulations.federation import Comparison
+
+Json = Annotated[bool, typer.Option("--json", help="Ends with one JSON line instead of tables.")]
+
+
+def mount(app: typer.Typer) -> None:
+    """Adds the verbs to the command."""
+    app.command()(demo)
+    app.command()(simulate)
+    app.command()(train)
+
+
+def demo(
+    output: Annotated[Path, typer.Option(help="Keeps the institutions' data, every round and the adapter.")] = Path(
+        "runs/demo"
+    ),
+    data_only: Annotated[bool, typer.Option("--data-only", help="Write the data and its YAML files, train nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Four institutions fine-tune one model together: no download, no GPU, a few minutes."""
+    from simulations.demo import prepare, run
+
+    scenario = prepare(output)
+    if data_only:
+        typer.echo(json.dumps({"scenario": str(scenario)}) if as_json else f"wrote {scenario}")
+        return
+    comparison = run(scenario, watch=_tell, say=_say)
+    if as_json:
+        typer.echo(json.dumps(_figures(comparison)))
+    else:
+        _show(comparison)
+        typer.echo(f"global adapter: {output / 'adapter'}")
+
+
+def simulate(
+    config: Annotated[Path, typer.Argument(help="Scenario YAML: the federation and its nodes, or a partition.")],
+    as_json: Json = False,
+) -> None:
+    """Runs a federation in this process; no SuperLink, no Ray."""
+    from simulations.federation import check, compare, federate
+    from simulations.scenario import nodes_of, read_scenario
+
+    scenario = read_scenario(config)
+    nodes, federation = nodes_of(scenario), scenario.federation
+    check(federation.plan, nodes)
+    if scenario.compare:
+        comparison = compare(federation, nodes, watch=_tell, say=_say)
+        if as_json:
+            typer.echo(json.dumps(_figures(comparison)))
+        else:
+            _show(comparison)
+        return
+    outcome = federate(federation, nodes, watch=_tell)
+    last = outcome.rounds[-1]
+    if as_json:
+        plans = {name: {"method": o.method, "precision": o.precision, "r": o.r} for name, o in outcome.offers.items()}
+        typer.echo(json.dumps({"adapter": str(federation.output / "adapter"), "plans": plans, "evaluation": last.evaluation}))
+    else:
+        typer.echo(f"global adapter of rank {outcome.manifest.r}: {federation.output / 'adapter'}")
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="Job YAML: plan, data and output.")],
+    as_json: Json = False,
+) -> None:
+    """Fine-tunes on this machine: one client, one round, the same round code."""
+    import sys
+
+    from protocol.configuration import load
+    from simulations.single import train_alone
+    from strategies.job import Job
+
+    job = load(config, Job).beside(config)
+    record = train_alone(job, progress=sys.stderr.isatty() and not as_json)
+    metrics, evaluation = next(iter(record.accepted.values())), next(iter(record.evaluation.values()), {})
+    if as_json:
+        typer.echo(json.dumps({"adapter": str(job.output / "adapter"), "training": metrics, "evaluation": evaluation}))
+        return
+    for name, value in {**metrics, **{f"held-out {name}": value for name, value in evaluation.items()}}.items():
+        typer.echo(f"{name:>28}  {value:.6g}")
+    typer.echo(f"adapter: {job.output / 'adapter'}")
+
+
+def _say(text: str) -> None:
+    typer.echo(f"· {text}", err=True)
+
+
+def _tell(record: "RoundRecord") -> None:
+    losses = [f"{name} {metrics['train-loss']:.3f}" for name, metrics in record.accepted.items() if "train-loss" in metrics]
+    _say(f"round {record.round}: {record.seconds:.1f} s, training loss {', '.join(losses)}")
+    for name, reason in record.refused.items():
+        _say(f"round {record.round}: {name} refused: {reason}")
+
+
+def _figures(comparison: "Comparison") -> dict[str, Any]:
+    from simulations.federation import mean
+
+    kinds = ("base", "local", "local_mean", "federated", "centralised")
+    institutions = {name: {kind: round(getattr(comparison, kind)[name], 4) for kind in kinds} for name in comparison.base}
+    means = {kind: round(mean(list(getattr(comparison, kind).values())), 4) for kind in kinds}
+    plans = {
+        name: {
+            "method": selection.chosen.method,
+            "precision": selection.chosen.precision,
+            "r": selection.chosen.lora.r,
+            "reasons": dict(selection.reasons),
+        }
+        for name, selection in comparison.selections.items()
+    }
+    return {"institutions": institutions, "mean": means, "plans": plans}
+
+
+def _show(comparison: "Comparison") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    figures = _figures(comparison)
+    table = Table("institution", "base", "own data only", "others' adapters too", "federated", "centralised")
+    table.title = f"{comparison.metric} on held-out questions"
+    rows = {**figures["institutions"], "mean": figures["mean"]}
+    for name, values in rows.items():
+        table.add_row(name, *(f"{value:.0%}" for value in values.values()))
+    chosen = Table("institution", "method", "base held at", "rank", "why", title="what each node chose")
+    for name, selection in comparison.selections.items():
+        plan = selection.chosen
+        why = "\n".join(selection.reasons.values()) or "as published"
+        chosen.add_row(name, plan.method, plan.precision, str(plan.lora.r), why)
+    console = Console()
+    console.print(chosen)
+    console.print(table)

@@ -1,0 +1,138 @@
+"""Federations in this process, and how they compare: base, own data only, federated, everything in one place."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from client.app import app
+from client.node import Node
+from client.round import choose, held_out_rows, join, training_rows
+from protocol.adapter import Adapter
+from protocol.federation import Federation
+from protocol.plan import Plan
+from protocol.records import Call
+from server.ledger import RoundRecord
+from server.rounds import Outcome, run
+from simulations.grid import InProcessGrid
+from strategies.base_model import find
+from strategies.data.formats import Row
+from strategies.evaluation.measure import measure
+from strategies.selector import Selection
+from strategies.training import fit
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One metric, per node and way of training, from the same held-out rows.
+
+    Attributes:
+        metric: Which.
+        base: The base as it is.
+        local: Trained on the node's own rows alone.
+        local_mean: Mean over all nodes' local-only adapters, on this node's held-out rows.
+        federated: The federation's global adapter.
+        centralised: Trained on all rows in one place, with as many examples as the federation saw in all.
+        outcome: The federation's whole story.
+        selections: What each node chose and why.
+    """
+
+    metric: str
+    base: Mapping[str, float]
+    local: Mapping[str, float]
+    local_mean: Mapping[str, float]
+    federated: Mapping[str, float]
+    centralised: Mapping[str, float]
+    outcome: Outcome
+    selections: Mapping[str, Selection]
+
+
+def check(plan: Plan, nodes: Sequence[Node]) -> None:
+    """Asks every node to join and shows its own words if it cannot; over a network only a code would come back.
+
+    Raises:
+        UserError: What is wrong with a node's data, base or plan.
+    """
+    for node in nodes:
+        join(Call(federation="check", round=0, rounds=1, plan=plan), node)
+
+
+def federate(
+    federation: Federation, nodes: Sequence[Node], watch: Callable[[RoundRecord], None] = lambda record: None
+) -> Outcome:
+    """Runs a federation over nodes in this process: the same ClientApp and the same rounds as on a SuperLink.
+
+    Raises:
+        FederationError: Too few nodes could take part.
+    """
+    configs = [
+        {key.replace("_", "-"): str(value) if isinstance(value, Path) else value for key, value in own.items()}
+        for own in (node.model_dump(exclude_none=True) for node in nodes)
+    ]
+    return run(InProcessGrid(app, configs), federation, watch)
+
+
+def compare(
+    federation: Federation,
+    nodes: Sequence[Node],
+    metric: str = "accuracy",
+    watch: Callable[[RoundRecord], None] = lambda record: None,
+    say: Say = lambda text: None,
+) -> Comparison:
+    """Runs a federation and what it is to be held against, at equal numbers of training examples.
+
+    Args:
+        federation: Measured by its nodes only at the end of this comparison, not by itself.
+        nodes: At least one.
+        metric: One that ``strategies.evaluation.measure`` returns.
+        watch: Called after every round.
+        say: Called with a line before each stage.
+    """
+    plan, base = federation.plan, find(federation.plan.base_model)
+    selections = {node.name: choose(plan, node) for node in nodes}
+    held_out = {node.name: held_out_rows(plan, node) for node in nodes}
+    rows = {node.name: training_rows(plan, node) for node in nodes}
+
+    def on_each(adapter: Adapter | None) -> dict[str, float]:
+        return {name: measure(plan, base, part, adapter)[metric] for name, part in held_out.items()}
+
+    say("base model, as it is")
+    before = on_each(None)
+    say(f"federated: {len(nodes)} nodes, {federation.rounds.count} rounds")
+    outcome = federate(federation, nodes, watch)
+    federated = on_each(outcome.adapter)
+    local_on: dict[str, dict[str, float]] = {}
+    for node in nodes:
+        say(f"{node.name}: own data only")
+        own = _long(selections[node.name].chosen, federation.rounds.count)
+        local_on[node.name] = on_each(fit(own, base, rows[node.name]).adapter)
+    say("centralised: all rows in one place")
+    pooled: list[Row] = [row for name in rows for row in rows[name]]
+    central = on_each(fit(_long(plan, federation.rounds.count * len(nodes), federation.rounds.count), base, pooled).adapter)
+    return Comparison(
+        metric=metric,
+        base=before,
+        local={name: local_on[name][name] for name in held_out},
+        local_mean={name: mean([local_on[other][name] for other in local_on]) for name in held_out},
+        federated=federated,
+        centralised=central,
+        outcome=outcome,
+        selections=selections,
+    )
+
+
+def mean(values: Sequence[float]) -> float:
+    """Arithmetic mean."""
+    return sum(values) / len(values)
+
+
+def _long(plan: Plan, times_steps: int, times_epochs: int | None = None) -> Plan:
+    """The plan with the steps of many rounds in one stretch."""
+    settings = plan.training
+    changes: dict[str, float] = (
+        {"max_steps": settings.max_steps * times_steps}
+        if settings.max_steps
+        else {"num_train_epochs": settings.num_train_epochs * (times_epochs or times_steps)}
+    )
+    return plan.model_copy(update={"training": settings.model_copy(update=changes)})

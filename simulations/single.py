@@ -1,0 +1,25 @@
+"""Ordinary fine-tuning: a federation of one client and one round, through the same round code."""
+
+from client.node import Node
+from protocol.errors import ConfigurationError
+from protocol.federation import Federation, RoundSettings
+from server.ledger import RoundRecord
+from simulations.federation import check, federate
+from strategies.job import Job
+
+
+def train_alone(job: Job, *, progress: bool = False) -> RoundRecord:
+    """Trains a job; the adapter is in ``OUTPUT/adapter`` afterwards.
+
+    Raises:
+        UserError: Plan, data and base do not fit together; nothing has been written then.
+    """
+    plan = job.plan()
+    if job.data.train is None:
+        raise ConfigurationError("job", ["data.train: missing; name the file with the training rows"])
+    node = Node(name="local", train=job.data.train, evaluate=job.data.evaluate, folder=job.output, progress=progress)
+    published = plan.model_copy(update={"data": plan.data.model_copy(update={"train": None, "evaluate": None})})
+    check(published, [node])
+    rounds = RoundSettings(count=1, rank_cap=plan.lora.r)
+    federation = Federation(name="local", plan=published, rounds=rounds, output=job.output)
+    return federate(federation, [node]).rounds[-1]

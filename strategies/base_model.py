@@ -1,0 +1,210 @@
+"""The frozen base: where it is found, what identifies it, and how it is loaded at 4, 8, 16 or 32 bits."""
+
+import hashlib
+import importlib.util
+import sys
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from protocol.errors import ModelError
+from protocol.plan import QUANTISED, Plan, Precision
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+EMBEDDED = "tiny"
+_WEIGHTS = ("*.safetensors", "*.bin")
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+# A tokenizer without a template gets this one; it is saved beside the adapter, so that whoever loads it asks the same way.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] + ':\\n' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:\\n' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model on disk.
+
+    Attributes:
+        name: As the plan calls it.
+        folder: Holds ``config.json``, weights and tokenizer.
+        digest: SHA-256 over the configuration and the weights, 64 hex digits: equal bases have equal digests wherever
+            they were found.
+    """
+
+    name: str
+    folder: Path
+    digest: str
+
+
+def find(name: str) -> Base:
+    """Finds a base by hub name, local folder, name of an installed package that carries a model, or ``tiny``.
+
+    Raises:
+        ModelError: It is none of these, or what was found holds no model.
+    """
+    folder = _folder(name)
+    if not (folder / "config.json").is_file() or not _weight_files(folder):
+        raise ModelError(f"{name!r}: {folder} holds no model; expected config.json and *.safetensors in it")
+    stamp = tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in _identity(folder))
+    return Base(name, folder, _digest(folder, stamp))
+
+
+def load(base: Base, plan: Plan) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Loads the base for the plan's objective at the plan's precision, in evaluation mode, with its tokenizer.
+
+    A new classification head is drawn from torch's global generator: seed it first.
+
+    Raises:
+        ModelError: The model cannot do what the objective asks, or this machine cannot hold it that way.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    kwargs: dict[str, Any] = {"dtype": _dtype(plan.precision), "local_files_only": True}
+    if plan.precision in QUANTISED:
+        kwargs["quantization_config"] = _quantisation(plan)
+    kind: Any = AutoModelForCausalLM
+    if plan.objective == "classification":
+        kind = AutoModelForSequenceClassification
+        labels = plan.data.labels or ()
+        kwargs |= {
+            "num_labels": len(labels),
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: row for row, label in enumerate(labels)},
+        }
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(base.folder), local_files_only=True)
+        with _quiet():
+            model = kind.from_pretrained(str(base.folder), **kwargs)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"{base.name!r} cannot be loaded for {plan.objective} at {plan.precision}: {error}") from error
+    if plan.objective == "sft" and model.config.is_encoder_decoder is False and not model.can_generate():
+        raise ModelError(f"{base.name!r} cannot generate text; use objective: classification, or a decoder")
+    _complete(tokenizer, model)
+    for module in model.modules():
+        # bitsandbytes would repack nf4 weights for inference on some CPUs: only if d_out is a multiple of 32, and with other
+        # rounding than in training. One arithmetic for both, on every CPU.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    model.eval()
+    return model, tokenizer
+
+
+def _folder(name: str) -> Path:
+    if name == EMBEDDED:
+        return _embedded()
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_absolute() or name.startswith((".", "~")):
+        raise ModelError(f"{name!r}: no such folder; expected a folder with config.json and *.safetensors")
+    return _in_package(name) or _from_hub(name)
+
+
+def _embedded() -> Path:
+    # A Flower app bundle carries no weights, so its own copy of this package may lack them: look further along the path.
+    for entry in (str(Path(__file__).parent.parent), *sys.path):
+        folder = Path(entry, "strategies", "tiny_model")
+        if (folder / "model.safetensors").is_file():
+            return folder
+    raise ModelError("the embedded model is not here; install fedge itself (pip install fedge), not only its Flower app")
+
+
+def _in_package(name: str) -> Path | None:
+    module = name.replace("-", "_")
+    if not module.isidentifier():
+        return None
+    spec = importlib.util.find_spec(module)
+    for place in (spec.submodule_search_locations or []) if spec else []:
+        for config in sorted(Path(place).glob("**/config.json")):
+            if _weight_files(config.parent):
+                return config.parent
+    return None
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"{name!r} is no folder, no installed package with a model and could not be fetched from the hub "
+            f"({type(error).__name__}); give a folder, an installed package, a hub name, or {EMBEDDED!r}"
+        ) from None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return sorted(file for pattern in _WEIGHTS for file in folder.glob(pattern))
+
+
+def _identity(folder: Path) -> list[Path]:
+    return [folder / "config.json", *_weight_files(folder)]
+
+
+@lru_cache(maxsize=32)
+def _digest(folder: Path, stamp: tuple[tuple[str, int, int], ...]) -> str:  # noqa: ARG001
+    """``stamp`` (names, sizes, times) is part of the cache's key: a file that changed is read again."""
+    sha = hashlib.sha256()
+    for file in _identity(folder):
+        with file.open("rb") as stream:
+            sha.update(f"{file.name}:{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return sha.hexdigest()
+
+
+def _dtype(precision: Precision) -> Any:
+    import torch
+
+    quantised = torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, quantised)
+
+
+def _quantisation(plan: Plan) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    # The head that is about to be trained must stay in full precision.
+    keep = ["lm_head"] if plan.objective == "sft" else ["classifier", "score"]
+    if plan.precision == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=keep)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=_dtype(plan.precision),
+        llm_int8_skip_modules=keep,
+    )
+
+
+def _complete(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> None:
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.chat_template is None and model.can_generate():
+        tokenizer.chat_template = CHAT_TEMPLATE
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def _quiet() -> Any:
+    """Transformers reports a new head as missing weights; here that is what was asked for."""
+    from contextlib import contextmanager
+
+    from transformers.utils import logging
+
+    @contextmanager
+    def quiet() -> Any:
+        before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(before)
+            if bars:
+                logging.enable_progress_bar()
+
+    return quiet()

@@ -1,0 +1,1 @@
+"""From files on disk to rows that an objective can train on."""

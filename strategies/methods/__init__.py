@@ -1,0 +1,1 @@
+"""WHAT is trainable: one file per family of methods."""

@@ -1,0 +1,138 @@
+"""LoRA and QLoRA through PEFT: attach to a base, load an adapter of another rank, take out what was trained."""
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from protocol.adapter import Adapter, Array, Factors
+from protocol.errors import AdapterError, ModelError
+from protocol.plan import QUANTISED, Plan
+from strategies.base_model import Base
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+_PREFIX = "base_model.model."
+_KEPT = "modules_to_save.default"
+Shapes = tuple[dict[str, tuple[int, int]], dict[str, tuple[int, ...]]]
+
+
+def attach(model: "PreTrainedModel", plan: Plan) -> "PeftModel":
+    """Adds trainable factors (A uniform, B zero: PEFT's start) and, for classification, a trainable copy of the head.
+
+    Raises:
+        ModelError: The base has none of the modules that the plan names.
+    """
+    from peft import LoraConfig, TaskType, get_peft_model, prepare_model_for_kbit_training
+
+    if plan.precision in QUANTISED:
+        checkpointing = plan.training.gradient_checkpointing
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
+    targets = plan.lora.target_modules
+    config = LoraConfig(
+        r=plan.lora.r,
+        lora_alpha=plan.lora.lora_alpha,
+        lora_dropout=plan.lora.lora_dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        task_type=TaskType.CAUSAL_LM if plan.objective == "sft" else TaskType.SEQ_CLS,
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError:
+        named = ", ".join(targets) if not isinstance(targets, str) else targets
+        linear = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "weight")})
+        raise ModelError(f"lora.target_modules: the base has no {named}; it has {', '.join(linear)}") from None
+
+
+def load(model: "PeftModel", adapter: Adapter) -> None:
+    """Puts an adapter of rank at most the model's into it.
+
+    The adapter's directions fill the first ``rho`` of ``r``; the rest keep PEFT's fresh start (A uniform, B zero), which
+    adds nothing to the product and leaves room to learn.
+
+    Raises:
+        AdapterError: Names, shapes or ranks do not fit this model.
+    """
+    import torch
+
+    layers, dense = _layers(model), _dense(model)
+    for kind, found, known in (("modules", adapter.factors, layers), ("tensors", adapter.dense, dense)):
+        if unknown := sorted(found.keys() - known.keys()):
+            raise AdapterError(f"{len(unknown)} {kind} are not in this model (the first is {unknown[0]}); is it of this base?")
+    with torch.no_grad():
+        for module, pair in adapter.factors.items():
+            a, b = layers[module].lora_A["default"].weight, layers[module].lora_B["default"].weight
+            if pair.r > a.shape[0] or pair.shape != (b.shape[0], a.shape[1]):
+                raise AdapterError(
+                    f"{module}: found rank {pair.r} and shape {pair.shape}, expected rank at most {a.shape[0]} "
+                    f"and shape {(b.shape[0], a.shape[1])}"
+                )
+            scale = pair.scaling / layers[module].scaling["default"]
+            a[: pair.r] = torch.from_numpy(np.array(pair.A)).to(a)
+            b[:, : pair.r] = torch.from_numpy(np.array(pair.B) * scale).to(b)
+        for name, tensor in adapter.dense.items():
+            if tensor.shape != tuple(dense[name].shape):
+                raise AdapterError(f"{name}: found shape {tensor.shape}, expected {tuple(dense[name].shape)}")
+            dense[name].copy_(torch.from_numpy(np.array(tensor)).to(dense[name]))
+
+
+def extract(model: "PeftModel") -> Adapter:
+    """What was trained, as float32 numpy arrays; the scaling stays beside the factors."""
+    factors = {
+        module: Factors(
+            A=_numpy(layer.lora_A["default"].weight),
+            B=_numpy(layer.lora_B["default"].weight),
+            scaling=float(layer.scaling["default"]),
+        )
+        for module, layer in _layers(model).items()
+    }
+    return Adapter(factors, {name: _numpy(tensor) for name, tensor in _dense(model).items()})
+
+
+def shapes(base: Base, plan: Plan) -> Shapes:
+    """``(d_out, d_in)`` by module and shape by dense tensor, from the configuration alone: no weight is read."""
+    found: Shapes = _shapes(base.folder, plan.objective, plan.data.labels, plan.lora.target_modules)
+    return found
+
+
+@lru_cache(maxsize=32)
+def _shapes(folder: Any, objective: Any, labels: Any, targets: Any) -> Shapes:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    kind: Any = AutoModelForCausalLM
+    if objective == "classification":
+        kind, config.num_labels = AutoModelForSequenceClassification, len(labels)
+    plan = Plan.model_validate({"objective": objective, "lora": {"r": 1, "target_modules": targets}})
+    with torch.device("meta"):
+        model = attach(kind.from_config(config), plan)
+    modules = {
+        module: (layer.lora_B["default"].weight.shape[0], layer.lora_A["default"].weight.shape[1])
+        for module, layer in _layers(model).items()
+    }
+    return modules, {name: tuple(tensor.shape) for name, tensor in _dense(model).items()}
+
+
+def _layers(model: "PeftModel") -> dict[str, Any]:
+    return {
+        name.removeprefix(_PREFIX): module
+        for name, module in model.named_modules()
+        if getattr(module, "lora_A", None) is not None and "default" in module.lora_A
+    }
+
+
+def _dense(model: "PeftModel") -> dict[str, Any]:
+    """Trainable copies of whole modules, under the name that PEFT's files give them."""
+    return {
+        name.removeprefix(_PREFIX).replace(f".{_KEPT}", ""): tensor
+        for name, tensor in model.named_parameters()
+        if _KEPT in name
+    }
+
+
+def _numpy(tensor: Any) -> Array:
+    array: Array = tensor.detach().float().cpu().numpy().copy()
+    return array

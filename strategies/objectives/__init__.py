@@ -1,0 +1,1 @@
+"""WHAT is optimised: one file per objective."""

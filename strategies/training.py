@@ -1,0 +1,180 @@
+"""Fine-tunes on one machine as a plan says: seed, load, attach, start from an adapter, train, take out what was trained."""
+
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from protocol.adapter import Adapter
+from protocol.plan import QUANTISED, Plan
+from strategies.base_model import Base, load
+from strategies.data.encode import encode
+from strategies.data.formats import Row
+from strategies.methods import lora
+from strategies.objectives import classification, sft
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_OBJECTIVES = {"sft": sft, "classification": classification}
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Which part of a longer schedule a training is: a federation warms up once and decays over all of its rounds.
+
+    Attributes:
+        done: Optimizer steps that earlier rounds took.
+        total: Optimizer steps of all rounds; None when this training is the whole.
+    """
+
+    done: int = 0
+    total: int | None = None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training made.
+
+    Attributes:
+        adapter: Absolute tensors, float32.
+        metrics: ``train-loss``, ``train-seconds``, ``train-steps``, ``trainable-parameters``, ``cut-rows``,
+            ``dropped-rows`` and, with held-out rows, ``eval-loss`` of the last evaluation.
+        tokenizer: With its chat template, to be saved beside the adapter.
+    """
+
+    adapter: Adapter
+    metrics: Mapping[str, float]
+    tokenizer: "PreTrainedTokenizerBase"
+
+
+def fit(
+    plan: Plan,
+    base: Base,
+    rows: Sequence[Row],
+    held_out: Sequence[Row] = (),
+    *,
+    start: Adapter | None = None,
+    stretch: Stretch | None = None,
+    folder: Path | None = None,
+    progress: bool = False,
+) -> Trained:
+    """Trains once.
+
+    Args:
+        plan: What to do; its data paths are not looked at.
+        base: The frozen base.
+        rows: Training rows.
+        held_out: Rows for evaluation while training (``plan.training.eval_steps``).
+        start: Adapter to start from, of rank at most the plan's; None for a fresh one.
+        stretch: Where on a longer learning-rate schedule this is.
+        folder: Keeps checkpoints and TensorBoard logs; without it nothing is kept.
+        progress: Show progress bars.
+
+    Raises:
+        UserError: The plan, the rows and the base do not fit together.
+        AdapterError: ``start`` is of another base or a larger rank.
+    """
+    from transformers import PrinterCallback, set_seed
+
+    set_seed(plan.training.seed)
+    model, tokenizer = load(base, plan)
+    model = lora.attach(model, plan)
+    train = encode(rows, tokenizer, plan.data.max_length)
+    watch = plan.training.eval_steps and held_out
+    kept = encode(held_out, tokenizer, plan.data.max_length) if watch else None
+    with tempfile.TemporaryDirectory(prefix="fedge-") as scratch:
+        trainer = _OBJECTIVES[plan.objective].trainer(
+            lambda parent: _on_a_stretch(parent, stretch or Stretch()),
+            model,
+            tokenizer,
+            train,
+            kept,
+            **_arguments(plan, folder or Path(scratch), bool(watch), progress),
+        )
+        _full_precision(model, plan)
+        if start is not None:
+            lora.load(model, start)
+        begun = time.perf_counter()
+        trainer.remove_callback(PrinterCallback)
+        result = trainer.train()
+    history = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    metrics = {
+        "train-loss": float(result.training_loss),
+        "train-seconds": time.perf_counter() - begun,
+        "train-steps": float(result.global_step),
+        "trainable-parameters": float(sum(p.numel() for p in model.parameters() if p.requires_grad)),
+        "cut-rows": float(train.cut),
+        "dropped-rows": float(train.dropped),
+    }
+    return Trained(lora.extract(model), metrics | ({"eval-loss": history[-1]} if history else {}), tokenizer)
+
+
+def _arguments(plan: Plan, folder: Path, watch: bool, progress: bool) -> dict[str, Any]:
+    import torch
+    from transformers import EarlyStoppingCallback
+
+    t = plan.training
+    gpu = torch.cuda.is_available()
+    callbacks: list[Any] = []
+    if t.early_stopping_patience:
+        callbacks.append(EarlyStoppingCallback(t.early_stopping_patience))
+    save_steps = t.eval_steps if t.early_stopping_patience else t.save_steps
+    return {
+        "output_dir": str(folder),
+        "callbacks": callbacks or None,
+        "learning_rate": t.learning_rate,
+        "per_device_train_batch_size": t.batch_size,
+        "per_device_eval_batch_size": t.batch_size,
+        "gradient_accumulation_steps": t.gradient_accumulation_steps,
+        "num_train_epochs": t.num_train_epochs,
+        "max_steps": t.max_steps or -1,
+        "lr_scheduler_type": t.lr_scheduler_type,
+        "warmup_steps": t.warmup_ratio,  # transformers 5: below 1 it is a share of all steps
+        "optim": t.optim,
+        "weight_decay": t.weight_decay,
+        "max_grad_norm": t.max_grad_norm,
+        "activation_checkpointing": t.gradient_checkpointing,
+        "activation_checkpointing_kwargs": {"use_reentrant": False} if t.gradient_checkpointing else None,
+        "bf16": t.mixed_precision == "bf16",
+        "fp16": t.mixed_precision == "fp16",
+        "seed": t.seed,
+        "use_cpu": not gpu,
+        "dataloader_pin_memory": gpu,
+        "eval_strategy": "steps" if watch else "no",
+        "eval_steps": t.eval_steps,
+        "save_strategy": "steps" if save_steps else "no",
+        "save_steps": save_steps or 500,
+        "save_total_limit": t.save_total_limit,
+        "load_best_model_at_end": bool(t.early_stopping_patience and watch),
+        "logging_steps": t.logging_steps,
+        "report_to": ["tensorboard"] if t.tensorboard else [],
+        "disable_tqdm": not progress,
+    }
+
+
+def _on_a_stretch(parent: Any, stretch: Stretch) -> Any:
+    """The trainer class with its learning-rate schedule begun ``stretch.done`` steps ago and ``stretch.total`` long."""
+    from torch.optim.lr_scheduler import LambdaLR
+
+    class OnAStretch(parent):  # type: ignore[misc]
+        def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+            whole = super().create_scheduler(stretch.total or num_training_steps, optimizer)
+            if stretch.done:
+                factor = whole.lr_lambdas[0]
+                self.lr_scheduler = LambdaLR(whole.optimizer, lambda step: factor(step + stretch.done))
+            return self.lr_scheduler
+
+    return OnAStretch
+
+
+def _full_precision(model: Any, plan: Plan) -> None:
+    """TRL rounds the factors of a quantised base to bfloat16, which loses small updates; they are few, so keep float32."""
+    import torch
+
+    if plan.precision in QUANTISED:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.float32)
