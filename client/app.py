@@ -1,4 +1,8 @@
-"""The ClientApp that a SuperNode starts: routes only. An exception leaves the node as a code, never as text."""
+"""The ClientApp that a SuperNode starts: routes only. An exception leaves the node as a code, never as text.
+
+Each route imports the work itself: were this file to fail on a missing package, Flower would send the coordinator the
+error's text with the node's paths in it.
+"""
 
 import logging
 from collections.abc import Callable
@@ -7,7 +11,6 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client import cursor
-from client import round as node_round
 from client.node import from_context
 from protocol.errors import FedgeError
 from protocol.records import METRICS, metric_record, offer_records, read_call, update_records
@@ -20,7 +23,13 @@ _ERROR_CODE = 1
 @app.query()
 def query(message: Message, context: Context) -> Message:
     """Joins a federation: answers with an offer."""
-    return _answer(message, lambda: offer_records(node_round.join(read_call(message.content).call, from_context(context))))
+
+    def work() -> RecordDict:
+        from client import round as node_round
+
+        return offer_records(node_round.join(read_call(message.content).call, from_context(context)))
+
+    return _answer(message, work)
 
 
 @app.train()
@@ -28,6 +37,8 @@ def train(message: Message, context: Context) -> Message:
     """Trains one round: answers with an update."""
 
     def work() -> RecordDict:
+        from client import round as node_round
+
         received, node = read_call(message.content), from_context(context)
         name = received.call.federation
         done = node_round.train(received, node, cursor.position(context, name, node.state))
@@ -43,6 +54,8 @@ def evaluate(message: Message, context: Context) -> Message:
     """Measures the global adapter on held-out rows: answers with metrics."""
 
     def work() -> RecordDict:
+        from client import round as node_round
+
         metrics, count = node_round.evaluate(read_call(message.content), from_context(context))
         return RecordDict({METRICS: metric_record(metrics, count)})
 

@@ -75,6 +75,7 @@ def train(received: Received, node: Node, position: int) -> Work:
     call = received.call
     plan, base = _at_offered_rank(call, node), _same_base(call)
     rows = training_rows(plan, node)
+    own = _own_labels(rows, plan)
     fresh, after = _fresh(rows, plan, call, position)
     trained = fit(
         # A new seed each round, or directions that a small rank leaves free would start from the same draw for ever.
@@ -85,6 +86,7 @@ def train(received: Received, node: Node, position: int) -> Work:
         folder=node.folder / f"round-{call.round:04d}" if node.folder else None,
         progress=node.progress,
         start=received.adapter if call.round > 1 else None,
+        own_labels=own,
         stretch=_stretch(plan, call),
     )
     manifest = Manifest(
@@ -98,7 +100,7 @@ def train(received: Received, node: Node, position: int) -> Work:
         parent=call.digest,
         num_examples=len(fresh),
     )
-    update = Update(trained.adapter, manifest, _trained_rows(trained.adapter, rows, plan))
+    update = Update(trained.adapter, manifest, _trained_rows(trained.adapter, own, plan))
     return Work(update, dict(trained.metrics), after)
 
 
@@ -156,10 +158,16 @@ def _same_base(call: Call) -> Base:
     return base
 
 
-def _trained_rows(adapter: Adapter, rows: Sequence[Row], plan: Plan) -> dict[str, Array]:
-    """For a classifier's head: the rows of the labels that this node has."""
+def _own_labels(rows: Sequence[Row], plan: Plan) -> frozenset[int] | None:
+    """Rows of the head that this node has labels for; None where it has all of them, or there is no head."""
+    own = frozenset(row.label for row in rows if isinstance(row, LabelledText))
+    return own if 0 < len(own) < len(plan.data.labels or ()) else None
+
+
+def _trained_rows(adapter: Adapter, own: frozenset[int] | None, plan: Plan) -> dict[str, Array]:
     count = len(plan.data.labels or ())
-    labels = [row.label for row in rows if isinstance(row, LabelledText)]
+    if own is None:
+        return {}
     mask = np.zeros(count, dtype=bool)
-    mask[labels] = True
-    return {name: mask for name, tensor in adapter.dense.items() if labels and tensor.shape[0] == count}
+    mask[sorted(own)] = True
+    return {name: mask for name, tensor in adapter.dense.items() if tensor.shape[0] == count}

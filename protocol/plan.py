@@ -44,6 +44,15 @@ class LoraSettings(Strict):
         return self.model_copy(update={"r": r, "lora_alpha": self.lora_alpha / self.r * r})
 
 
+class HeadSettings(Strict):
+    """A classifier's new head. It starts from nothing while the base does not, so it has a start and a rate of its own."""
+
+    init: Literal["random", "label-names"] = Field(
+        "random", description="label-names: a row starts where the base places the label's own name"
+    )
+    learning_rate: PositiveFloat | None = Field(None, description="of the head; without it training.learning_rate")
+
+
 class DataSettings(Strict):
     """Where rows come from and how they are read. A coordinator's plan has no paths: each node brings its own."""
 
@@ -100,6 +109,8 @@ class Plan(Strict):
     method: Method = "lora"
     precision: Precision = Field("fp32", description="how the frozen base is held")
     lora: LoraSettings = LoraSettings()
+    head: HeadSettings = HeadSettings()
+    dropout: float | None = Field(None, ge=0, lt=1, description="of the base while it trains; without it the base's own")
     data: DataSettings = DataSettings()
     training: TrainingSettings = TrainingSettings()
 
@@ -109,4 +120,6 @@ class Plan(Strict):
             raise ValueError(f"method qlora needs precision nf4 or int8, found {self.precision}; or choose method lora")
         if self.method == "lora" and self.precision in QUANTISED:
             raise ValueError(f"method lora on a {self.precision} base is qlora; write method: qlora")
+        if self.objective != "classification" and self.head != HeadSettings():
+            raise ValueError(f"head is for objective classification, found {self.objective}")
         return self

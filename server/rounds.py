@@ -144,7 +144,7 @@ class _Rounds:
             check(update, self._offers[node], asked[node][0])
             self._rule.add(update, asked[node][1])
             received += update.adapter.nbytes()
-            return metrics | {"num-examples": update.manifest.num_examples}
+            return _with_count(metrics, update.manifest.num_examples)
 
         accepted, refused = _read_all(replies, admit)
         for node in asked.keys() - accepted.keys() - refused.keys():
@@ -178,11 +178,7 @@ class _Rounds:
         call = self._call(number, manifest.r, manifest, sent.digest())
         replies = self._exchange(MessageType.EVALUATE, dict.fromkeys(self._offers, (call, sent)))
 
-        def measured(node: int, content: RecordDict) -> dict[str, float]:
-            metrics, num_examples = read_metrics(content)
-            return metrics | {"num-examples": num_examples}
-
-        results, _ = _read_all(replies, measured)
+        results, _ = _read_all(replies, lambda node, content: _with_count(*read_metrics(content)))
         return {self._names[node]: metrics for node, metrics in sorted(results.items())}
 
     def _start(self, adapter: Adapter, rank: int) -> Adapter:
@@ -235,6 +231,10 @@ def _read_all(replies: Iterable[Message], read: Callable[[int, RecordDict], T]) 
         except FedgeError as error:
             refused[node] = str(error)
     return results, refused
+
+
+def _with_count(metrics: dict[str, float], num_examples: int) -> dict[str, float]:
+    return metrics | {"num-examples": num_examples}
 
 
 def _unique(name: str, taken: set[str], node: int) -> str:

@@ -79,6 +79,7 @@ def compare(
     metric: str = "accuracy",
     watch: Callable[[RoundRecord], None] = lambda record: None,
     say: Say = lambda text: None,
+    alone_learning_rate: float | None = None,
 ) -> Comparison:
     """Runs a federation and what it is to be held against, at equal numbers of training examples.
 
@@ -88,6 +89,7 @@ def compare(
         metric: One that ``strategies.evaluation.measure`` returns.
         watch: Called after every round.
         say: Called with a line before each stage.
+        alone_learning_rate: For local-only and centralised training, when their best rate is not the federation's.
     """
     plan, base = federation.plan, find(federation.plan.base_model)
     selections = {node.name: choose(plan, node) for node in nodes}
@@ -105,11 +107,12 @@ def compare(
     local_on: dict[str, dict[str, float]] = {}
     for node in nodes:
         say(f"{node.name}: own data only")
-        own = _long(selections[node.name].chosen, federation.rounds.count)
+        own = _alone(selections[node.name].chosen, federation.rounds.count, 1, alone_learning_rate)
         local_on[node.name] = on_each(fit(own, base, rows[node.name]).adapter)
     say("centralised: all rows in one place")
     pooled: list[Row] = [row for name in rows for row in rows[name]]
-    central = on_each(fit(_long(plan, federation.rounds.count * len(nodes), federation.rounds.count), base, pooled).adapter)
+    together = _alone(plan, federation.rounds.count, len(nodes), alone_learning_rate)
+    central = on_each(fit(together, base, pooled).adapter)
     return Comparison(
         metric=metric,
         base=before,
@@ -127,12 +130,12 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _long(plan: Plan, times_steps: int, times_epochs: int | None = None) -> Plan:
-    """The plan with the steps of many rounds in one stretch."""
+def _alone(plan: Plan, rounds: int, nodes: int, learning_rate: float | None) -> Plan:
+    """The plan of a training in one stretch that sees as many examples as ``nodes`` nodes do in ``rounds`` rounds."""
     settings = plan.training
-    changes: dict[str, float] = (
-        {"max_steps": settings.max_steps * times_steps}
-        if settings.max_steps
-        else {"num_train_epochs": settings.num_train_epochs * (times_epochs or times_steps)}
-    )
+    changes: dict[str, float] = {"num_train_epochs": settings.num_train_epochs * rounds}
+    if settings.max_steps:
+        changes = {"max_steps": settings.max_steps * rounds * nodes}
+    if learning_rate:
+        changes["learning_rate"] = learning_rate
     return plan.model_copy(update={"training": settings.model_copy(update=changes)})

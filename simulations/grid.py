@@ -61,7 +61,7 @@ class InProcessGrid(Grid):
         """The replies, each once."""
         return [self._replies.pop(message_id) for message_id in list(message_ids) if message_id in self._replies]
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Replies one by one as nodes finish, so that they are never all in memory."""
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:  # noqa: ARG002
+        """Replies one by one as nodes finish, so that they are never all in memory; nothing is waited for."""
         for message in messages:
             yield self._app(message, self._contexts[message.metadata.dst_node_id])

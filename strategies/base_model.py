@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from protocol.errors import ModelError
 from protocol.plan import QUANTISED, Plan, Precision
+from strategies import label_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -91,6 +92,8 @@ def load(base: Base, plan: Plan) -> "tuple[PreTrainedModel, PreTrainedTokenizerB
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     model.eval()
+    if plan.objective == "classification" and plan.head.init == "label-names":
+        label_head.start(model, tokenizer, plan.data.labels or ())
     return model, tokenizer
 
 

@@ -14,6 +14,7 @@ from strategies.data.encode import encode
 from strategies.data.formats import Row
 from strategies.methods import lora
 from strategies.objectives import classification, sft
+from strategies.objectives.work import Work
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,6 +58,7 @@ def fit(
     held_out: Sequence[Row] = (),
     *,
     start: Adapter | None = None,
+    own_labels: frozenset[int] | None = None,
     stretch: Stretch | None = None,
     folder: Path | None = None,
     progress: bool = False,
@@ -69,6 +71,7 @@ def fit(
         rows: Training rows.
         held_out: Rows for evaluation while training (``plan.training.eval_steps``).
         start: Adapter to start from, of rank at most the plan's; None for a fresh one.
+        own_labels: Classification: the only rows of the head that train; None for all.
         stretch: Where on a longer learning-rate schedule this is.
         folder: Keeps checkpoints and TensorBoard logs; without it nothing is kept.
         progress: Show progress bars.
@@ -86,14 +89,9 @@ def fit(
     watch = plan.training.eval_steps and held_out
     kept = encode(held_out, tokenizer, plan.data.max_length) if watch else None
     with tempfile.TemporaryDirectory(prefix="fedge-") as scratch:
-        trainer = _OBJECTIVES[plan.objective].trainer(
-            lambda parent: _on_a_stretch(parent, stretch or Stretch()),
-            model,
-            tokenizer,
-            train,
-            kept,
-            **_arguments(plan, folder or Path(scratch), bool(watch), progress),
-        )
+        work = Work(model, tokenizer, plan, train, kept, own_labels, lambda parent: _on_a_stretch(parent, stretch or Stretch()))
+        arguments = _arguments(plan, folder or Path(scratch), bool(watch), progress)
+        trainer = _OBJECTIVES[plan.objective].trainer(work, **arguments)
         _full_precision(model, plan)
         if start is not None:
             lora.load(model, start)
@@ -124,7 +122,7 @@ def _arguments(plan: Plan, folder: Path, watch: bool, progress: bool) -> dict[st
     save_steps = t.eval_steps if t.early_stopping_patience else t.save_steps
     return {
         "output_dir": str(folder),
-        "callbacks": callbacks or None,
+        "callbacks": callbacks,
         "learning_rate": t.learning_rate,
         "per_device_train_batch_size": t.batch_size,
         "per_device_eval_batch_size": t.batch_size,

@@ -26,7 +26,12 @@ def attach(model: "PreTrainedModel", plan: Plan) -> "PeftModel":
         ModelError: The base has none of the modules that the plan names.
     """
     from peft import LoraConfig, TaskType, get_peft_model, prepare_model_for_kbit_training
+    from torch.nn import Dropout
 
+    if plan.dropout is not None:
+        for module in model.modules():
+            if isinstance(module, Dropout):
+                module.p = plan.dropout
     if plan.precision in QUANTISED:
         checkpointing = plan.training.gradient_checkpointing
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)

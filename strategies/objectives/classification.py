@@ -1,26 +1,64 @@
-"""A label for a text: cross-entropy over the head's rows, by the Hugging Face Trainer."""
+"""A label for a text: cross-entropy over the head's rows, by the Hugging Face Trainer.
+
+Label sets that differ between nodes are a normal case. A node takes the softmax over every label but trains only the rows of
+labels that it has: the others stay where the federation put them and act as negatives, so that the encoder learns to keep
+away from classes it has never seen, and a node does not unlearn them. (Averaging heads that were trained whole collapses;
+restricting the softmax to a node's own labels leaves the label sets uncalibrated against each other: benchmarks/LOG.md.)
+"""
 
 from typing import TYPE_CHECKING, Any
 
-from strategies.data.encode import Encoded
+from strategies.objectives.work import Work
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
+_HEAD = "modules_to_save.default"
 
-def trainer(kind: Any, model: Any, tokenizer: Any, train: Encoded, held_out: Encoded | None, **arguments: Any) -> "Trainer":
-    """A Hugging Face trainer over rows that are encoded already; the arguments are those of ``objectives.sft.trainer``."""
+
+def trainer(work: Work, callbacks: list[Any], **arguments: Any) -> "Trainer":
+    """A Hugging Face trainer over rows that are encoded already; ``arguments`` are ``transformers.TrainingArguments``."""
     from datasets import Dataset
-    from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
+    from transformers import DataCollatorWithPadding, TrainingArguments
 
-    callbacks = arguments.pop("callbacks")
-    made: Trainer = kind(Trainer)(
-        model=model,
+    made: Trainer = work.trainer_class(_head_trainer(work.plan.head.learning_rate, work.own_labels))(
+        model=work.model,
         args=TrainingArguments(**arguments),
-        train_dataset=Dataset.from_list(train.rows),
-        eval_dataset=Dataset.from_list(held_out.rows) if held_out else None,
-        data_collator=DataCollatorWithPadding(tokenizer),
-        processing_class=tokenizer,
+        train_dataset=Dataset.from_list(work.train.rows),
+        eval_dataset=Dataset.from_list(work.held_out.rows) if work.held_out else None,
+        data_collator=DataCollatorWithPadding(work.tokenizer),
+        processing_class=work.tokenizer,
         callbacks=callbacks,
     )
     return made
+
+
+def _head_trainer(rate: float | None, own: frozenset[int] | None) -> Any:
+    """A Trainer whose head has its own learning rate and trains only the rows ``own`` (None: all of them)."""
+    from transformers import Trainer
+
+    class HeadTrainer(Trainer):  # type: ignore[misc]
+        def create_optimizer(self, model: Any = None) -> Any:
+            optimizer = super().create_optimizer(model)
+            head = {id(p): p for name, p in self.model.named_parameters() if _HEAD in name and p.requires_grad}
+            if own is not None:
+                for parameter in head.values():
+                    parameter.register_hook(_only(own, len(parameter)))
+            for group in list(optimizer.param_groups):
+                of_head = [p for p in group["params"] if id(p) in head]
+                if of_head and (rate or own is not None):
+                    group["params"] = [p for p in group["params"] if id(p) not in head]
+                    # Decay would move the rows that must stay.
+                    decay = group["weight_decay"] if own is None else 0.0
+                    optimizer.add_param_group({**group, "params": of_head, "lr": rate or group["lr"], "weight_decay": decay})
+            return optimizer
+
+    return HeadTrainer
+
+
+def _only(own: frozenset[int], rows: int) -> Any:
+    import torch
+
+    mask = torch.zeros(rows)
+    mask[sorted(own)] = 1.0
+    return lambda gradient: gradient * mask.to(gradient).reshape(-1, *[1] * (gradient.ndim - 1))

@@ -2,33 +2,23 @@
 
 from typing import TYPE_CHECKING, Any
 
-from strategies.data.encode import Encoded
+from strategies.objectives.work import Work
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
 
-def trainer(kind: Any, model: Any, tokenizer: Any, train: Encoded, held_out: Encoded | None, **arguments: Any) -> "Trainer":
-    """A TRL trainer over rows that are encoded already.
-
-    Args:
-        kind: Makes a trainer class out of a Trainer class (``strategies.training`` adds the schedule to it).
-        model: With trainable factors.
-        tokenizer: For padding.
-        train: Rows with ``input_ids`` and ``labels``.
-        held_out: The same, for evaluation while training.
-        arguments: Fields of ``trl.SFTConfig``, and ``callbacks``.
-    """
+def trainer(work: Work, callbacks: list[Any], **arguments: Any) -> "Trainer":
+    """A TRL trainer over rows that are encoded already; ``arguments`` are fields of ``trl.SFTConfig``."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    callbacks = arguments.pop("callbacks")
-    made: Trainer = kind(SFTTrainer)(
-        model=model,
+    made: Trainer = work.trainer_class(SFTTrainer)(
+        model=work.model,
         args=SFTConfig(**arguments, max_length=None, completion_only_loss=False),
-        train_dataset=Dataset.from_list(train.rows),
-        eval_dataset=Dataset.from_list(held_out.rows) if held_out else None,
-        processing_class=tokenizer,
+        train_dataset=Dataset.from_list(work.train.rows),
+        eval_dataset=Dataset.from_list(work.held_out.rows) if work.held_out else None,
+        processing_class=work.tokenizer,
         callbacks=callbacks,
     )
     return made

@@ -1,0 +1,222 @@
+"""docs/deployment.md, block by block: a real SuperLink and SuperNodes, or Ray, give the adapter of an in-process run."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from client.node import read_nodes
+from protocol.adapter import Adapter
+from protocol.configuration import load
+from protocol.federation import Federation
+from protocol.files import read_adapter
+
+pytestmark = [pytest.mark.deployment, pytest.mark.timeout(400)]
+ROOT = Path(__file__).parents[2]
+DOCUMENT = ROOT / "docs" / "deployment.md"
+SIMULATION = "The same on Flower's simulation engine"
+
+
+def blocks() -> dict[str, list[str]]:
+    """The document's commands by heading; a numbered heading by its number alone."""
+    found: dict[str, list[str]] = {}
+    heading = ""
+    for title, block in re.findall(r"^## (.+?)$|^```bash\n(.*?)^```$", DOCUMENT.read_text(encoding="utf-8"), re.M | re.S):
+        heading = re.sub(r"^(\d+)\..*", r"\1", title) or heading
+        if block:
+            found.setdefault(heading, []).append(block)
+    return found
+
+
+class Terminals:
+    """A reader's terminals: each runs the settings first, then a block; all are ended by their process ids."""
+
+    def __init__(self, settings: str, env: dict[str, str], logs: Path) -> None:
+        self._settings, self._env, self._logs = settings, env, logs
+        self._started: dict[str, psutil.Popen] = {}
+
+    def run(self, block: str, seconds: float = 60.0) -> str:
+        """Runs a block to its end and returns what it printed."""
+        name = f"run-{len(self._started)}"
+        process = self.start(name, block)
+        try:
+            code = process.wait(timeout=seconds)
+        except (subprocess.TimeoutExpired, psutil.TimeoutExpired):
+            pytest.fail(f"still running after {seconds:g} s: {block}\n{self.story()}")
+        assert code == 0, f"exit code {code}: {block}\n{self.story()}"
+        return self.log(name)
+
+    def start(self, name: str, block: str) -> psutil.Popen:
+        """Starts a block that runs until it is ended."""
+        with (self._logs / name).open("wb") as log:
+            self._started[name] = psutil.Popen(
+                ["bash", "-euc", f"{self._settings}\n{block}"],
+                cwd=ROOT,
+                env=self._env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        return self._started[name]
+
+    def log(self, name: str) -> str:
+        return (self._logs / name).read_text(encoding="utf-8", errors="replace")
+
+    def story(self) -> str:
+        return "\n".join(f"----- {name}\n{self.log(name)[-4000:]}" for name in self._started)
+
+    def close(self) -> None:
+        # A SuperLink puts its helpers into sessions of their own: take them by their parents, while those live.
+        family = []
+        for process in self._started.values():
+            if process.is_running():
+                family += [process, *process.children(recursive=True)]
+        for process in family:
+            _signal(process, "terminate")
+        _, alive = psutil.wait_procs(family, timeout=10)
+        for process in alive:
+            _signal(process, "kill")
+        _, alive = psutil.wait_procs(alive, timeout=10)
+        assert not alive
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    """The document's $WORK, with a base model: random weights, every byte a token."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    vocabulary = ["<s>", "</s>", "<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={token: at for at, token in enumerate(vocabulary)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(tmp_path / "base")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    return tmp_path
+
+
+@pytest.fixture
+def terminals(work: Path) -> Iterator[Terminals]:
+    names = ("PORT", "BANK_PORT", "CLINIC_PORT")
+    env = {name: value for name, value in os.environ.items() if name not in ("FLWR_HOME", "http_proxy", "HTTP_PROXY")}
+    env |= dict(zip(names, map(str, free_ports(len(names))), strict=True))
+    env |= {"WORK": str(work), "VENV": sys.prefix, "BASE_MODEL": str(work / "base"), "OMP_NUM_THREADS": "1"}
+    (work / "logs").mkdir()
+    terminals = Terminals(blocks()["1"][0], env, work / "logs")
+    try:
+        yield terminals
+    finally:
+        terminals.close()
+
+
+def test_a_superlink_and_two_supernodes_train_the_same_adapter_as_the_in_process_grid(
+    work: Path, terminals: Terminals
+) -> None:
+    commands = blocks()
+    for step in ("2", "3", "6"):
+        terminals.run(commands[step][0])
+    terminals.start("superlink", commands["4"][0])
+    for name, block in zip(("bank", "clinic"), commands["5"], strict=True):
+        terminals.start(name, block)
+    until_up(int(terminals._env["PORT"]), terminals)
+
+    log = terminals.run(commands["7"][0], seconds=240)
+
+    assert "round 2: merged 2 update(s)" in log, terminals.story()
+    shown = terminals.run(commands["8"][0])
+    assert "finished:completed" in re.sub(r"\s", "", shown), shown
+    offers = json.loads((work / "result" / "federation.json").read_text())["offers"]
+    assert {name: (offer["precision"], offer["r"]) for name, offer in offers.items()} == {
+        "bank": ("fp32", 16),
+        "clinic": ("nf4", 8),
+    }
+    terminals.run(commands[SIMULATION][0])
+    assert difference(work) <= 1e-6
+
+
+@pytest.mark.slow
+def test_flower_s_own_simulation_trains_the_same_adapter_as_the_in_process_grid(work: Path, terminals: Terminals) -> None:
+    pytest.importorskip("ray", reason='pip install "flwr[simulation]"')
+    commands = blocks()
+    for step in ("2", "3", "6"):
+        terminals.run(commands[step][0])
+    nodes, superlink, run = commands[SIMULATION]
+    terminals.run(nodes)
+    terminals.start("superlink", superlink)
+    until_up(int(terminals._env["PORT"]), terminals)
+
+    log = terminals.run(run, seconds=300)
+
+    assert "round 2: merged 2 update(s)" in log, terminals.story()
+    assert difference(work) <= 1e-6
+
+
+def difference(work: Path) -> float:
+    """Largest absolute difference between the deployed adapter and that of an in-process run of the same files."""
+    from simulations.federation import federate
+
+    federation = load(work / "federation.yaml", Federation).model_copy(update={"output": work / "in-process"})
+    expected = products(federate(federation, read_nodes(work / "nodes.yaml")).adapter)
+    found = products(read_adapter(work / "result" / "adapter")[0])
+    assert found.keys() == expected.keys()
+    assert max(np.abs(product).max() for product in found.values()) > 1e-4, "nothing was trained"
+    return max(float(np.abs(found[name] - expected[name]).max()) for name in found)
+
+
+def products(adapter: Adapter) -> dict[str, np.ndarray]:
+    """Each module's change of the weight, and the dense tensors, in fp64."""
+    changes = {module: pair.product() for module, pair in adapter.factors.items()}
+    return changes | {name: tensor.astype(np.float64) for name, tensor in adapter.dense.items()}
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody has now; all are held at once, so that no two are the same."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
+
+
+def until_up(port: int, terminals: Terminals, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.2)
+    pytest.fail(f"nothing listens on {port} after {seconds:g} s\n{terminals.story()}")
+
+
+def _signal(process: psutil.Process, how: str) -> None:
+    try:
+        getattr(process, how)()
+    except psutil.NoSuchProcess:
+        pass
