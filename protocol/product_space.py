@@ -55,6 +55,14 @@ def compress(terms: Iterable[tuple[float, Factors]], shape: tuple[int, int], ran
     return _truncate(q_left @ u, s, vt @ q_right.T, rank)
 
 
+def split(pair: Factors, rank: int) -> tuple[Factors, Factors]:
+    """The first ``rank`` directions of a pair and the others. For factors from ``compress`` the first are its best part."""
+    return (
+        Factors(pair.A[:rank], pair.B[:, :rank], pair.scaling),
+        Factors(pair.A[rank:], pair.B[:, rank:], pair.scaling),
+    )
+
+
 def at_rank(pair: Factors, rank: int) -> Factors:
     """The best approximation of one factor pair at no more than ``rank``, balanced, float64, scaling 1."""
     return compress([(1.0, pair)], pair.shape, rank).factors

@@ -22,6 +22,8 @@ def main(grid: Grid, context: Context) -> None:
     """Runs the federation whose file the run config names under ``federation``."""
     federation = load(_find(str(context.run_config["federation"])), Federation)
     outcome = run(grid, federation, watch=_tell)
+    for node, reason in outcome.left_out.items():
+        log.warning("%s took no part: %s", node, reason)
     log.info("global adapter of rank %d in %s", outcome.manifest.r, federation.output.resolve() / "adapter")
 
 

@@ -1,9 +1,9 @@
 """The round loop: ask who can do what, send each node its start, merge what comes back, keep it, measure it.
 
-One update's way: the global adapter is cut to the node's rank and encoded (``_start``), travels with a ``Call``, comes back
-as an ``Update``, is read and held against what was asked (``server.admission``), and is added to the rule, which takes the
-start away again. Flower's own ``Strategy.start`` always begins at round 1 and merges absolute arrays; this loop needs
-neither and works on any ``Grid``: a SuperLink's or the in-process one.
+One update's way: the global adapter travels with a ``Call``; the node trains its leading directions, at its own rank, and
+sends them back as an ``Update``, which is read, held against what was asked (``server.admission``) and added to the rule,
+which takes the start (those leading directions) away again. Flower's own ``Strategy.start`` always begins at round 1 and
+merges absolute arrays; this loop needs neither and works on any ``Grid``: a SuperLink's or the in-process one.
 """
 
 import time
@@ -20,7 +20,7 @@ from protocol.codec import encode
 from protocol.errors import FederationError, FedgeError, MessageError
 from protocol.federation import Federation
 from protocol.manifest import Manifest
-from protocol.product_space import at_rank
+from protocol.product_space import split
 from protocol.records import Call, Offer, call_records, read_metrics, read_offer, read_update
 from server.admission import check, check_offer
 from server.aggregation.product_delta import ProductDelta
@@ -129,11 +129,9 @@ class _Rounds:
 
     def _round(self, number: int, adapter: Adapter, manifest: Manifest) -> tuple[Adapter, Manifest, RoundRecord]:
         begun = time.monotonic()
-        starts = {rank: self._start(adapter, rank) for rank in sorted({offer.r for offer in self._offers.values()})}
-        asked = {
-            node: (self._call(number, offer.r, manifest, starts[offer.r].digest()), starts[offer.r])
-            for node, offer in self._offers.items()
-        }
+        sent = encode(adapter, self._federation.rounds.wire)
+        digest = sent.digest()
+        asked = {node: (self._call(number, offer.r, manifest, digest), sent) for node, offer in self._offers.items()}
         replies = self._exchange(MessageType.TRAIN, asked)
         self._rule.begin(adapter)
         received = 0
@@ -142,7 +140,7 @@ class _Rounds:
             nonlocal received
             update, metrics = read_update(content)
             check(update, self._offers[node], asked[node][0])
-            self._rule.add(update, asked[node][1])
+            self._rule.add(update, _trainable(sent, self._offers[node].r))
             received += update.adapter.nbytes()
             return _with_count(metrics, update.manifest.num_examples)
 
@@ -164,7 +162,7 @@ class _Rounds:
             refused={self._names[node]: reason for node, reason in refused.items()},
             evaluation=self._evaluate(number, merged, made),
             merge=asdict(report),
-            bytes_sent=sum(start.nbytes() for _, start in asked.values()),
+            bytes_sent=sent.nbytes() * len(asked),
             bytes_received=received,
             seconds=seconds,
         )
@@ -180,10 +178,6 @@ class _Rounds:
 
         results, _ = _read_all(replies, lambda node, content: _with_count(*read_metrics(content)))
         return {self._names[node]: metrics for node, metrics in sorted(results.items())}
-
-    def _start(self, adapter: Adapter, rank: int) -> Adapter:
-        factors = {module: at_rank(pair, rank) for module, pair in adapter.factors.items()}
-        return encode(Adapter(factors, adapter.dense), self._federation.rounds.wire)
 
     def _call(self, number: int, r: int, manifest: Manifest | None, digest: str) -> Call:
         return Call(
@@ -231,6 +225,11 @@ def _read_all(replies: Iterable[Message], read: Callable[[int, RecordDict], T]) 
         except FedgeError as error:
             refused[node] = str(error)
     return results, refused
+
+
+def _trainable(adapter: Adapter, rank: int) -> Adapter:
+    """What a node of this rank starts from; directions beyond it are frozen there and cancel out of its change."""
+    return Adapter({module: split(pair, rank)[0] for module, pair in adapter.factors.items()}, adapter.dense)
 
 
 def _with_count(metrics: dict[str, float], num_examples: int) -> dict[str, float]:

@@ -23,14 +23,14 @@ FEDERATION = {
         "lora": {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"},
         "data": {"max_length": 128},
         "training": {
-            "learning_rate": 5.0e-3,
+            "learning_rate": 1.0e-2,
             "batch_size": 16,
-            "max_steps": 20,
+            "max_steps": 12,
             "lr_scheduler_type": "cosine",
             "warmup_ratio": 0.05,
         },
     },
-    "rounds": {"count": 10, "rank_cap": 64, "minimum_nodes": 4, "evaluate_every": 0},
+    "rounds": {"count": 8, "rank_cap": 64, "minimum_nodes": 4, "evaluate_every": 0},
 }
 
 
@@ -47,7 +47,9 @@ def prepare(output: Path) -> Path:
     nodes = []
     for institution in INSTITUTIONS:
         for split in ("train", "test"):
-            write_rows(output / "data" / institution.name / f"{split}.jsonl", [dict(row) for row in rows(institution.name, split)])
+            write_rows(
+                output / "data" / institution.name / f"{split}.jsonl", [dict(row) for row in rows(institution.name, split)]
+            )
         files = {"train": f"data/{institution.name}/train.jsonl", "evaluate": f"data/{institution.name}/test.jsonl"}
         nodes.append({"name": institution.name, "tier": TIERS[institution.name], **files})
     federation = {**FEDERATION, "output": str(output)}

@@ -1,7 +1,8 @@
 """ProductDelta: adds what every node changed, in product space, whatever its rank.
 
-Let ``G`` be the global change of one module's weight, of bounded rank. Node k started from ``start_k = SVD_{r_k}(G)`` and
-came back with ``B_k A_k`` (scaling inside). What it contributes is its innovation ``B_k A_k - start_k``, so that
+Let ``G`` be the global change of one module's weight, of bounded rank. Node k trained the leading directions of it,
+``start_k = SVD_{r_k}(G)``, with the others frozen in place, and came back with ``B_k A_k`` (scaling inside). What it
+contributes is its innovation ``B_k A_k - start_k``, so that
 
     G  <-  SVD_cap( G + eta * sum_k w_k (B_k A_k - start_k) ),     w_k = n_k / sum n
 

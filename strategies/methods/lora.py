@@ -8,6 +8,7 @@ import numpy as np
 from protocol.adapter import Adapter, Array, Factors
 from protocol.errors import AdapterError, ModelError
 from protocol.plan import QUANTISED, Plan
+from protocol.product_space import split
 from strategies.base_model import Base
 
 if TYPE_CHECKING:
@@ -52,13 +53,15 @@ def attach(model: "PreTrainedModel", plan: Plan) -> "PeftModel":
 
 
 def load(model: "PeftModel", adapter: Adapter) -> None:
-    """Puts an adapter of rank at most the model's into it.
+    """Puts an adapter of any rank into a model whose factors have rank ``r``.
 
-    The adapter's directions fill the first ``rho`` of ``r``; the rest keep PEFT's fresh start (A uniform, B zero), which
-    adds nothing to the product and leaves room to learn.
+    The adapter's leading directions fill the trainable ones. If it has fewer than ``r``, the others keep PEFT's fresh start (A
+    uniform, B zero), which adds nothing to the product and leaves room to learn. If it has more, those beyond ``r`` are
+    added to the layer's output and stay frozen: a node of small rank trains little of the global adapter but sees all of
+    it, so that what it changes is right for the model that everyone gets.
 
     Raises:
-        AdapterError: Names, shapes or ranks do not fit this model.
+        AdapterError: Names or shapes do not fit this model.
     """
     import torch
 
@@ -69,14 +72,13 @@ def load(model: "PeftModel", adapter: Adapter) -> None:
     with torch.no_grad():
         for module, pair in adapter.factors.items():
             a, b = layers[module].lora_A["default"].weight, layers[module].lora_B["default"].weight
-            if pair.r > a.shape[0] or pair.shape != (b.shape[0], a.shape[1]):
-                raise AdapterError(
-                    f"{module}: found rank {pair.r} and shape {pair.shape}, expected rank at most {a.shape[0]} "
-                    f"and shape {(b.shape[0], a.shape[1])}"
-                )
-            scale = pair.scaling / layers[module].scaling["default"]
-            a[: pair.r] = torch.from_numpy(np.array(pair.A)).to(a)
-            b[:, : pair.r] = torch.from_numpy(np.array(pair.B) * scale).to(b)
+            if pair.shape != (b.shape[0], a.shape[1]):
+                raise AdapterError(f"{module}: found shape {pair.shape}, expected {(b.shape[0], a.shape[1])}")
+            own, rest = split(pair, a.shape[0])
+            a[: own.r] = torch.from_numpy(np.array(own.A)).to(a)
+            b[:, : own.r] = torch.from_numpy(np.array(own.B) * (own.scaling / layers[module].scaling["default"])).to(b)
+            if rest.r:
+                layers[module].register_forward_hook(_adding(rest, a))
         for name, tensor in adapter.dense.items():
             if tensor.shape != tuple(dense[name].shape):
                 raise AdapterError(f"{name}: found shape {tensor.shape}, expected {tuple(dense[name].shape)}")
@@ -119,6 +121,18 @@ def _shapes(folder: Any, objective: Any, labels: Any, targets: Any) -> Shapes:
         for module, layer in _layers(model).items()
     }
     return modules, {name: tuple(tensor.shape) for name, tensor in _dense(model).items()}
+
+
+def _adding(pair: Factors, like: Any) -> Any:
+    import torch
+
+    a = torch.from_numpy(np.array(pair.A)).to(like)
+    b = torch.from_numpy(np.array(pair.B) * pair.scaling).to(like)
+
+    def add(module: Any, inputs: Any, output: Any) -> Any:  # noqa: ARG001
+        return output + (inputs[0].to(a.dtype) @ a.T @ b.T).to(output.dtype)
+
+    return add
 
 
 def _layers(model: "PeftModel") -> dict[str, Any]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +24,16 @@ from protocol.files import read_adapter
 pytestmark = [pytest.mark.deployment, pytest.mark.timeout(400)]
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "deployment.md"
+FENCE = re.compile(r"^## (.+?)$|^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SIMULATION = "The same on Flower's simulation engine"
+TLS = "TLS and enrolled nodes"
 
 
 def blocks() -> dict[str, list[str]]:
     """The document's commands by heading; a numbered heading by its number alone."""
     found: dict[str, list[str]] = {}
     heading = ""
-    for title, block in re.findall(r"^## (.+?)$|^```bash\n(.*?)^```$", DOCUMENT.read_text(encoding="utf-8"), re.M | re.S):
+    for title, block in FENCE.findall(DOCUMENT.read_text(encoding="utf-8")):
         heading = re.sub(r"^(\d+)\..*", r"\1", title) or heading
         if block:
             found.setdefault(heading, []).append(block)
@@ -68,6 +71,16 @@ class Terminals:
             )
         return self._started[name]
 
+    def until_up(self, seconds: float = 60.0) -> None:
+        """Waits until something listens on $PORT."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", int(self._env["PORT"]))) == 0:
+                    return
+            time.sleep(0.2)
+        pytest.fail(f"nothing listens on the SuperLink's port after {seconds:g} s\n{self.story()}")
+
     def log(self, name: str) -> str:
         return (self._logs / name).read_text(encoding="utf-8", errors="replace")
 
@@ -91,7 +104,7 @@ class Terminals:
 
 @pytest.fixture
 def work(tmp_path: Path) -> Path:
-    """The document's $WORK, with a base model: random weights, every byte a token."""
+    """The document's $WORK with a base model in it: random weights, every byte a token."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -120,29 +133,33 @@ def work(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def terminals(work: Path) -> Iterator[Terminals]:
+def terminals(tmp_path: Path) -> Iterator[Terminals]:
     names = ("PORT", "BANK_PORT", "CLINIC_PORT")
     env = {name: value for name, value in os.environ.items() if name not in ("FLWR_HOME", "http_proxy", "HTTP_PROXY")}
     env |= dict(zip(names, map(str, free_ports(len(names))), strict=True))
-    env |= {"WORK": str(work), "VENV": sys.prefix, "BASE_MODEL": str(work / "base"), "OMP_NUM_THREADS": "1"}
-    (work / "logs").mkdir()
-    terminals = Terminals(blocks()["1"][0], env, work / "logs")
+    env |= {
+        "WORK": str(tmp_path),
+        "VENV": sys.prefix,
+        "BASE_MODEL": str(tmp_path / "base"),
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "200",
+    }
+    (tmp_path / "logs").mkdir()
+    terminals = Terminals(blocks()["1"][0], env, tmp_path / "logs")
     try:
         yield terminals
     finally:
         terminals.close()
 
 
-def test_a_superlink_and_two_supernodes_train_the_same_adapter_as_the_in_process_grid(
-    work: Path, terminals: Terminals
-) -> None:
+def test_a_superlink_and_two_supernodes_train_the_same_adapter_as_the_in_process_grid(work: Path, terminals: Terminals) -> None:
     commands = blocks()
     for step in ("2", "3", "6"):
         terminals.run(commands[step][0])
     terminals.start("superlink", commands["4"][0])
     for name, block in zip(("bank", "clinic"), commands["5"], strict=True):
         terminals.start(name, block)
-    until_up(int(terminals._env["PORT"]), terminals)
+    terminals.until_up()
 
     log = terminals.run(commands["7"][0], seconds=240)
 
@@ -158,6 +175,27 @@ def test_a_superlink_and_two_supernodes_train_the_same_adapter_as_the_in_process
     assert difference(work) <= 1e-6
 
 
+def test_with_tls_a_node_is_admitted_only_with_an_enrolled_key(tmp_path: Path, terminals: Terminals) -> None:
+    certificates, superlink, connection, key, node, listing = blocks()[TLS]
+    for block in (certificates, connection):
+        terminals.run(block)
+    terminals.start("superlink", superlink)
+    terminals.until_up()
+    terminals.run(key)
+    stranger = node.replace("bank", "clinic").replace("BANK", "CLINIC")
+    terminals.run('mkdir -p "$WORK/clinic"; ssh-keygen -q -t ecdsa -b 384 -N "" -C "" -f "$WORK/clinic/key"')
+
+    refused = terminals.start("clinic", stranger)
+    terminals.start("bank", node)
+
+    assert refused.wait(timeout=60) != 0
+    assert "Failed to activate SuperNode" in terminals.log("clinic")
+    deadline = time.monotonic() + 60
+    while (shown := terminals.run(listing)).count("online") == 0 and time.monotonic() < deadline:
+        time.sleep(1)
+    assert shown.count("online") == 1, terminals.story()
+
+
 @pytest.mark.slow
 def test_flower_s_own_simulation_trains_the_same_adapter_as_the_in_process_grid(work: Path, terminals: Terminals) -> None:
     pytest.importorskip("ray", reason='pip install "flwr[simulation]"')
@@ -167,7 +205,7 @@ def test_flower_s_own_simulation_trains_the_same_adapter_as_the_in_process_grid(
     nodes, superlink, run = commands[SIMULATION]
     terminals.run(nodes)
     terminals.start("superlink", superlink)
-    until_up(int(terminals._env["PORT"]), terminals)
+    terminals.until_up()
 
     log = terminals.run(run, seconds=300)
 
@@ -205,18 +243,6 @@ def free_ports(count: int) -> list[int]:
             one.close()
 
 
-def until_up(port: int, terminals: Terminals, seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.2)
-    pytest.fail(f"nothing listens on {port} after {seconds:g} s\n{terminals.story()}")
-
-
 def _signal(process: psutil.Process, how: str) -> None:
-    try:
+    with suppress(psutil.NoSuchProcess):
         getattr(process, how)()
-    except psutil.NoSuchProcess:
-        pass

@@ -205,5 +205,5 @@ def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path):
 
 
 def test_parse_names_the_source_that_it_was_given():
-    with pytest.raises(ConfigurationError, match="^run config: 1 problem"):
+    with pytest.raises(ConfigurationError, match=r"^run config: 1 problem"):
         parse({"nam": "a", "name": "b"}, Outer, source="run config")

@@ -1,0 +1,66 @@
+"""Every block of the README and of docs/configuration.md does what it says."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from protocol.configuration import parse
+from simulations.scenario import Scenario
+from strategies.job import Job
+
+ROOT = Path(__file__).parent.parent.parent
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(name, language):
+    return [body for kind, body in FENCE.findall((ROOT / name).read_text()) if kind == language]
+
+
+def write_rows(folder):
+    rows = [{"input_text": f"What is the fee of plan {n}?", "target_text": f"{n} crowns"} for n in range(30)]
+    for name in ("rows.jsonl", "train.jsonl", "test.jsonl"):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def run(command, folder):
+    executable = Path(sys.executable).parent / "fedge"
+    done = subprocess.run(
+        ["bash", "-euc", command.replace("fedge ", f"{executable} ")], cwd=folder, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_the_readme_names_the_two_make_targets():
+    targets = (ROOT / "Makefile").read_text()
+    for block in blocks("README.md", "console"):
+        target = block.removeprefix("$ make ").strip()
+        assert re.search(rf"^{target}:", targets, re.MULTILINE)
+
+
+def test_the_readme_trains_evaluates_and_asks(tmp_path):
+    write_rows(tmp_path)
+    (tmp_path / "job.yaml").write_text(blocks("README.md", "yaml")[0])
+    told = run(blocks("README.md", "bash")[0], tmp_path)
+    assert (tmp_path / "runs/job/adapter/adapter_model.safetensors").is_file()
+    assert "What is the daily cash limit?" in told
+
+
+@pytest.mark.slow
+def test_the_readme_simulates(tmp_path):
+    run(blocks("README.md", "bash")[1], tmp_path)
+    assert (tmp_path / "runs/example/adapter/adapter_model.safetensors").is_file()
+
+
+def test_the_documented_job_and_scenario_run(tmp_path):
+    write_rows(tmp_path)
+    job, scenario = blocks("docs/configuration.md", "yaml")
+    parse(yaml.safe_load(job), Job, source="docs")
+    parse(yaml.safe_load(scenario), Scenario, source="docs")
+    (tmp_path / "scenario.yaml").write_text(scenario)
+    assert "global adapter" in run("fedge simulate scenario.yaml", tmp_path)
