@@ -1,7 +1,5 @@
 """The ``fedge`` command: mounts each folder's verbs. Heavy imports happen inside a verb, so that ``--help`` is instant."""
 
-import logging
-import os
 import sys
 
 import typer
@@ -9,6 +7,7 @@ import typer
 import simulations.commands
 import strategies.commands
 from protocol.errors import AdapterError, FedgeError, UserError
+from strategies.libraries import calm
 
 app = typer.Typer(
     name="fedge",
@@ -26,7 +25,8 @@ def main() -> None:
     """Runs the command: exit code 0, 1 when something failed, 2 for what the user can mend."""
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
-    _calm_libraries(debug)
+    if not debug:
+        calm()
     try:
         app()
     except FedgeError as error:
@@ -39,14 +39,6 @@ def main() -> None:
             raise
         typer.echo(f"error: {type(error).__name__}: {error} (--debug shows where)", err=True)
         sys.exit(1)
-
-
-def _calm_libraries(debug: bool) -> None:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not debug:
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from client import cursor
 from client.node import from_context
 from protocol.errors import FedgeError
 from protocol.records import METRICS, metric_record, offer_records, read_call, update_records
+from strategies.libraries import calm
 
 log = logging.getLogger("flwr")
 app = ClientApp()
@@ -63,6 +64,7 @@ def evaluate(message: Message, context: Context) -> Message:
 
 
 def _answer(message: Message, work: Callable[[], RecordDict]) -> Message:
+    calm()
     try:
         return Message(work(), reply_to=message)
     except FedgeError as error:

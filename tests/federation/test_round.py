@@ -165,17 +165,18 @@ def test_the_first_round_is_the_mean_of_what_each_node_alone_would_send(nodes, p
 
 
 def test_a_federation_can_be_repeated_to_the_bit(nodes, published):
-    assert federate(published(), nodes).adapter.digest() == federate(published(), nodes).adapter.digest()
+    federation = published(count=1)
+    assert federate(federation, nodes).adapter.digest() == federate(federation, nodes).adapter.digest()
 
 
 def test_the_rank_cap_holds(nodes, published):
-    outcome = federate(published(rank_cap=5), nodes)
+    outcome = federate(published(rank_cap=5, count=1), nodes)
     assert max(outcome.adapter.ranks().values()) == 5
     assert outcome.rounds[-1].merge["discarded_energy"] > 0
 
 
 def test_fp16_on_the_wire_halves_the_bytes_and_hardly_moves_the_adapter(nodes, published):
-    full, half = federate(published(count=1), nodes), federate(published(count=1, wire="fp16"), nodes)
+    full, half = federate(published(count=1), nodes[:1]), federate(published(count=1, wire="fp16"), nodes[:1])
     assert half.rounds[0].bytes_received * 2 == full.rounds[0].bytes_received
     scale = max(float(np.abs(product).max()) for product in products(full.adapter).values())
     assert 0 < largest_difference(full.adapter, half.adapter) <= 2e-3 * scale
@@ -250,7 +251,7 @@ def test_a_node_that_fails_ends_no_round_and_nothing_of_its_own_is_in_any_reply(
             done.append(kind)
 
     grid = Listening(configs([nodes[0], failing]), before=before)
-    outcome = run(grid, published())
+    outcome = run(grid, published(count=1))
     for record in outcome.rounds:
         assert list(record.accepted) == ["bank"]
         assert list(record.refused) == ["clinic"]
@@ -340,12 +341,12 @@ def test_a_round_that_failed_is_trained_on_the_same_rows_again(nodes, published)
 
 
 def test_rows_that_are_too_long_hold_a_node_up_for_no_longer_than_their_turn(nodes, published):
-    rows = [{"input_text": "long " * 400 if at < 2 else "Hi", "target_text": "Yes"} for at in range(6)]
+    rows = [{"input_text": "long " * 400 if at < 2 else "Hi", "target_text": "Yes"} for at in range(4)]
     nodes[1].train.write_text("".join(json.dumps(row) + "\n" for row in rows))
     nodes = (nodes[0], nodes[1].model_copy(update={"tier": "large"}))
     plan = {"training": {"batch_size": 1, "max_steps": 1}, "data": {"max_length": 512}}
-    outcome = federate(published(plan, count=6), nodes)
-    assert sum("clinic" in record.accepted for record in outcome.rounds) >= 4, "four of its six rows can be trained on"
+    outcome = federate(published(plan, count=4), nodes)
+    assert sum("clinic" in record.accepted for record in outcome.rounds) >= 2, "two of its four rows can be trained on"
 
 
 def train_once(context, federation, node):

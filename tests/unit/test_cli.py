@@ -1,6 +1,7 @@
 """The command: what the user can mend ends with code 2, found / expected / what to do, no traceback, and nothing written."""
 
 import json
+import logging
 import sys
 
 import pyarrow as pa
@@ -27,6 +28,9 @@ def call(monkeypatch, capsys):
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["fedge", *map(str, arguments)])
+        for handler in logging.getLogger("flwr").handlers:  # in a process of its own it writes to this stderr
+            if isinstance(handler, logging.StreamHandler):
+                monkeypatch.setattr(handler, "stream", sys.stderr)
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             fedge.main()

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from protocol.adapter import Adapter, Factors
 from protocol.errors import AdapterError, ModelError
 from protocol.plan import Plan
+from protocol.product_space import at_rank
 from strategies.base_model import find, load
 from strategies.methods import lora
 
@@ -193,9 +194,39 @@ def test_a_head_of_another_shape_is_refused(stories):
         lora.load(model, Adapter({}, {"score.weight": np.zeros((4, 64), np.float32)}))
 
 
-@pytest.mark.parametrize(("d_out", "d_in", "r"), [(64, 64, 9), (65, 64, 2), (64, 65, 2), (64, 1, 2), (1, 64, 2)])
-def test_factors_that_do_not_fit_are_refused_with_found_and_expected(eight, shapes, d_out, d_in, r):
+@pytest.mark.parametrize(("d_out", "d_in", "r"), [(65, 64, 2), (64, 65, 2), (64, 1, 2), (1, 64, 2), (65, 64, 0)])
+def test_factors_of_another_shape_are_refused_with_found_and_expected(eight, shapes, d_out, d_in, r):
     module = next(name for name, shape in shapes.items() if shape == (64, 64))
     adapter = Adapter({module: Factors(np.zeros((r, d_in), np.float32), np.zeros((d_out, r), np.float32))})
-    with pytest.raises(AdapterError, match=r"found rank .* expected rank at most 8"):
+    with pytest.raises(AdapterError, match=rf"found .*\({d_out}, {d_in}\).* expected .*\(64, 64\)"):
         lora.load(eight, adapter)
+
+
+def logits(model):
+    import torch
+
+    with torch.inference_mode():
+        return model.eval()(torch.arange(3, 60)[None]).logits
+
+
+def test_an_adapter_of_higher_rank_answers_whole_and_its_leading_directions_are_trained(stories, shapes):
+    drawn = random_adapter(shapes, 20, 0.02, 3)
+    adapter = Adapter({module: at_rank(pair, 20) for module, pair in drawn.factors.items()})  # ordered, as a server sends it
+    whole, part = attached(plan_of(stories, r=20)), attached(plan_of(stories, r=8))
+    lora.load(whole, adapter)
+    lora.load(part, adapter)
+    assert np.allclose(logits(part), logits(whole), atol=1e-3)
+    for module, pair in lora.extract(part).factors.items():
+        u, s, vt = np.linalg.svd(adapter.factors[module].product())
+        leading = (u[:, :8] * s[:8]) @ vt[:8]
+        assert pair.r == 8
+        assert np.abs(pair.product() - leading).max() <= 1e-4 * np.abs(leading).max()
+
+
+def test_loading_an_adapter_puts_it_in_place_of_the_one_before(stories, shapes):
+    adapter = random_adapter(shapes, 20, 0.02, 3)
+    once, twice = attached(plan_of(stories)), attached(plan_of(stories))
+    lora.load(once, adapter)
+    for _ in range(2):
+        lora.load(twice, adapter)
+    assert np.allclose(logits(once), logits(twice), atol=1e-4)
