@@ -1,5 +1,6 @@
 """The ``fedge`` command: mounts each folder's verbs. Heavy imports happen inside a verb, so that ``--help`` is instant."""
 
+import logging
 import sys
 
 import typer
@@ -27,6 +28,7 @@ def main() -> None:
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     if not debug:
         calm()
+        logging.getLogger("flwr").addFilter(_without_traceback)
     try:
         app()
     except FedgeError as error:
@@ -39,6 +41,11 @@ def main() -> None:
             raise
         typer.echo(f"error: {type(error).__name__}: {error} (--debug shows where)", err=True)
         sys.exit(1)
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    record.exc_info = record.exc_text = None
+    return True
 
 
 if __name__ == "__main__":

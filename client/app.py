@@ -70,8 +70,8 @@ def _answer(message: Message, work: Callable[[], RecordDict]) -> Message:
     except FedgeError as error:
         log.error("%s", error)
         code = error.code
-    except Exception:
+    except Exception as error:
         # Whatever a library raises may quote a row: the whole of it stays in this node's own log.
-        log.exception("the round failed")
+        log.exception("the round failed (%s)", type(error).__name__)
         code = FedgeError.code
     return Message(Error(code=_ERROR_CODE, reason=code), reply_to=message)

@@ -29,11 +29,11 @@ def position(context: Context, federation: str, file: Path | None) -> int:
 
 def advance(context: Context, federation: str, to: int, file: Path | None) -> None:
     """Remembers a new position."""
+    if file:  # the file first: if it cannot be written, the round has failed and nothing has moved
+        write_whole(file, json.dumps({**_read(file), federation: to}))
     record = context.state.get(_KEY)
     known = dict(record) if isinstance(record, ConfigRecord) else {}
     context.state[_KEY] = ConfigRecord({**known, federation: to})
-    if file:
-        write_whole(file, json.dumps({**_read(file), federation: to}))
 
 
 def _read(file: Path) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -12,9 +13,10 @@ from protocol.manifest import Manifest
 from protocol.plan import Plan
 from protocol.records import Call, Offer, Received
 from protocol.update import Update
-from strategies.base_model import Base, find
+from strategies.base_model import Base, find, load_tokenizer
+from strategies.data.encode import is_usable
 from strategies.data.formats import LabelledText, Row, load
-from strategies.data.splits import hold_out, window
+from strategies.data.splits import hold_out, read_on
 from strategies.evaluation.measure import measure
 from strategies.methods import lora
 from strategies.selector import Selection, select
@@ -48,8 +50,11 @@ def join(call: Call, node: Node) -> Offer:
         UserError: The base or the data is not there or does not fit the plan.
     """
     plan, base = choose(call.plan, node).chosen, find(call.plan.base_model)
-    training_rows(plan, node)
     modules, dense = lora.shapes(base, plan)
+    tokenizer = load_tokenizer(base)
+    for rows, path in ((training_rows(plan, node), node.train), (held_out_rows(plan, node), node.evaluate or node.train)):
+        if not any(is_usable(row, tokenizer, plan.data.max_length) for row in rows):
+            raise DataError(_all_too_long(path, plan))
     return Offer(
         name=node.name,
         base_digest=base.digest,
@@ -76,7 +81,7 @@ def train(received: Received, node: Node, position: int) -> Work:
     plan, base = _at_offered_rank(call, node), _same_base(call)
     rows = training_rows(plan, node)
     own = _own_labels(rows, plan)
-    fresh, after = _fresh(rows, plan, call, position)
+    fresh, after = _fresh(rows, plan, call, base, position) if _counts_steps(plan, call) else (rows, position)
     trained = fit(
         # A new seed each round, or directions that a small rank leaves free would start from the same draw for ever.
         plan.model_copy(update={"training": plan.training.model_copy(update={"seed": plan.training.seed + call.round - 1})}),
@@ -130,13 +135,28 @@ def _split(plan: Plan, node: Node) -> tuple[list[Row], list[Row]]:
     return hold_out(rows, plan.data.evaluate_fraction, plan.training.seed)
 
 
-def _fresh(rows: Sequence[Row], plan: Plan, call: Call, position: int) -> tuple[list[Row], int]:
-    """All rows where the plan counts epochs or there is but one round; else as many as its steps can take, in turn."""
-    settings = plan.training
-    if settings.max_steps is None or call.rounds == 1:
-        return list(rows), position
-    count = settings.max_steps * settings.batch_size * settings.gradient_accumulation_steps
-    return [rows[at] for at in window(len(rows), position, count, settings.seed)], position + count
+def _counts_steps(plan: Plan, call: Call) -> bool:
+    """Whether a round takes a part of the rows; where the plan counts epochs, or there is but one round, it takes all."""
+    return plan.training.max_steps is not None and call.rounds > 1
+
+
+def _fresh(rows: Sequence[Row], plan: Plan, call: Call, base: Base, position: int) -> tuple[list[Row], int]:
+    """As many usable rows as the round's steps can take, read on from ``position``, and where the reading stopped."""
+    settings, tokenizer = plan.training, load_tokenizer(base)
+    wanted = (settings.max_steps or 0) * settings.batch_size * settings.gradient_accumulation_steps
+    fresh: list[Row] = []
+    for read, at in enumerate(read_on(len(rows), position, settings.seed), 1):
+        if is_usable(rows[at], tokenizer, plan.data.max_length):
+            fresh.append(rows[at])
+        if len(fresh) == wanted:
+            return fresh, position + read
+        if read == len(rows) and not fresh:
+            break
+    raise DataError(f"round {call.round}: {len(rows)} rows, none with an answer within {plan.data.max_length} tokens")
+
+
+def _all_too_long(path: Path, plan: Plan) -> str:
+    return f"{path}: no row has any of its answer within {plan.data.max_length} tokens; raise data.max_length"
 
 
 def _stretch(plan: Plan, call: Call) -> Stretch:

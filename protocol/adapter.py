@@ -67,11 +67,12 @@ class Adapter:
         """SHA-256 over names, scalings, dtypes, shapes and bytes in sorted order: the adapter's identity, 64 hex digits."""
         sha = hashlib.sha256()
         for module, pair in sorted(self.factors.items()):
-            sha.update(f"{module}|{float(pair.scaling)!r}\n".encode())
+            _absorb_name(sha, b"F", module)
+            sha.update(f"{float(pair.scaling)!r}\n".encode())
             _absorb(sha, pair.A)
             _absorb(sha, pair.B)
         for name, tensor in sorted(self.dense.items()):
-            sha.update(f"{name}\n".encode())
+            _absorb_name(sha, b"D", name)
             _absorb(sha, tensor)
         return sha.hexdigest()
 
@@ -85,6 +86,12 @@ class Adapter:
         return pairs + sum(tensor.nbytes for tensor in self.dense.values())
 
 
+def _absorb_name(sha: "hashlib._Hash", kind: bytes, name: str) -> None:
+    # Names come from outside: their length goes first, so that none can stand for the bytes of a tensor.
+    encoded = name.encode()
+    sha.update(kind + len(encoded).to_bytes(8) + encoded)
+
+
 def _absorb(sha: "hashlib._Hash", tensor: Array) -> None:
     sha.update(f"{tensor.dtype.str}{tensor.shape}".encode())
-    sha.update(np.ascontiguousarray(tensor).tobytes())
+    sha.update(tensor.tobytes())

@@ -37,6 +37,9 @@ def read_yaml(path: Path) -> Any:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 0
         raise ConfigurationError(str(path), [f"line {line}: broken YAML: {error.problem}"]) from None
+    except Exception as error:  # noqa: BLE001 - PyYAML raises whatever its constructors do (a 13th month, !!bool x)
+        what = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise ConfigurationError(str(path), [f"broken YAML: {what}"]) from None
 
 
 def parse(content: Any, model: type[M], *, source: str) -> M:
@@ -85,7 +88,7 @@ def _some_keys(model: type[BaseModel]) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers and no silent loss: ``2e-4`` is a number, and a key that stands twice is an error."""
+    """YAML 1.2's numbers and no silent loss: ``2e-4`` is a number, ``0512`` is 512, a key that stands twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -99,8 +102,21 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
+    text = str(loader.construct_scalar(node))
+    return int(text, 0 if text[:2] in ("0o", "0x") else 10)
+
+
+# YAML 1.1's numbers go (0512 is 330 there, 1:30 is 90) and those of YAML 1.2's core schema (section 10.3.2) come.
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if tag not in (_INT, _FLOAT)]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_INT, re.compile(r"^([-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    _FLOAT,
+    re.compile(r"^([-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
     list("-+0123456789."),
 )
+_Loader.add_constructor(_INT, _construct_int)

@@ -72,9 +72,15 @@ class BaseMismatchError(AdapterError):
 
 
 class MessageError(FedgeError):
-    """A Flower message that does not follow the protocol."""
+    """A Flower message that does not follow the protocol.
+
+    The text is cut: it quotes names from outside and is kept and logged, and must not grow with what was sent.
+    """
 
     code = "message"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message[:500])
 
 
 class FederationError(FedgeError):

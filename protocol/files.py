@@ -6,10 +6,13 @@ numpy does not have, is widened to float32 on reading (exactly).
 
 import json
 import os
+import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save_file
 
 from protocol.adapter import Adapter, Array, Factors
+from protocol.codec import encode
 from protocol.errors import AdapterError, BaseMismatchError
 from protocol.manifest import Manifest
 
@@ -35,15 +39,25 @@ def whole_folder(target: Path) -> Iterator[Path]:
     try:
         yield draft
         draft.chmod(0o755)
-        old = None
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-            target.replace(old / target.name)
-        draft.replace(target)
-        if old:
-            shutil.rmtree(old)
+        _swap(draft, target)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _swap(draft: Path, target: Path) -> None:
+    # A folder cannot be renamed over a full one: the old one steps aside, and comes back if the new one cannot come in.
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+    old = aside / target.name
+    try:
+        if target.exists():
+            target.replace(old)
+        draft.replace(target)
+    except BaseException:
+        if old.exists():
+            old.replace(target)
+        aside.rmdir()
+        raise
+    shutil.rmtree(aside)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -70,6 +84,9 @@ def write_adapter(folder: Path, adapter: Adapter, manifest: Manifest, *, base_mo
         manifest: Stored beside it.
         base_model: Goes to ``base_model_name_or_path``.
         task_type: PEFT's name: ``CAUSAL_LM`` or ``SEQ_CLS``.
+
+    Raises:
+        AdapterError: A value does not fit float32.
     """
     with whole_folder(folder) as draft:
         save_adapter(draft, adapter, manifest, base_model=base_model, task_type=task_type)
@@ -77,12 +94,12 @@ def write_adapter(folder: Path, adapter: Adapter, manifest: Manifest, *, base_mo
 
 def save_adapter(folder: Path, adapter: Adapter, manifest: Manifest, *, base_model: str, task_type: str) -> None:
     """The three files of ``write_adapter`` into a folder that exists already (a draft of something larger)."""
+    adapter = encode(Adapter({module: _with_room(pair) for module, pair in adapter.factors.items()}, adapter.dense), "fp32")
     tensors: dict[str, Array] = {}
     for module, pair in adapter.factors.items():
-        tensors[f"{PREFIX}{module}.lora_A.weight"] = np.ascontiguousarray(pair.A, dtype=np.float32)
-        tensors[f"{PREFIX}{module}.lora_B.weight"] = np.ascontiguousarray(pair.scaling * pair.B, dtype=np.float32)
-    for name, tensor in adapter.dense.items():
-        tensors[f"{PREFIX}{name}"] = np.ascontiguousarray(tensor, dtype=np.float32)
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = pair.A
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = pair.B
+    tensors |= {f"{PREFIX}{name}": tensor for name, tensor in adapter.dense.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(_peft_config(adapter, base_model, task_type), indent=2), encoding="utf-8")
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2), encoding="utf-8")
@@ -108,6 +125,8 @@ def read_adapter(folder: Path, *, base_digest: str | None = None) -> tuple[Adapt
             f"{folder}: this adapter was trained on base {manifest.base_digest[:12]}, the base model here is "
             f"{base_digest[:12]}; load the base that it was trained on, or train it anew"
         )
+    if config.get("peft_type") != "LORA":
+        raise AdapterError(f"{folder / CONFIG}: peft_type is {config.get('peft_type')!r}; expected 'LORA'")
     return _assemble(_read_tensors(folder / WEIGHTS), config, folder), manifest
 
 
@@ -137,33 +156,44 @@ def _assemble(tensors: dict[str, Array], config: dict[str, Any], folder: Path) -
     for module, pair in halves.items():
         if set(pair) != {"lora_A", "lora_B"}:
             raise AdapterError(f"{folder / WEIGHTS}: {module} holds only {', '.join(pair)}; expected lora_A and lora_B")
-        factors[module] = Factors(pair["lora_A"], pair["lora_B"], _scaling(config, module, pair["lora_A"].shape[0], folder))
+        unscaled = Factors(pair["lora_A"], pair["lora_B"])
+        factors[module] = replace(unscaled, scaling=_scaling(config, module, unscaled.r, folder / CONFIG))
     return Adapter(factors, dense)
 
 
-def _scaling(config: dict[str, Any], module: str, r: int, folder: Path) -> float:
-    if config.get("peft_type") != "LORA":
-        raise AdapterError(f"{folder / CONFIG}: peft_type is {config.get('peft_type')!r}; expected 'LORA'")
+def _scaling(config: dict[str, Any], module: str, r: int, source: Path) -> float:
     if not r:
         return 1.0
-    alpha = _of_module(config.get("alpha_pattern"), module, config.get("lora_alpha"))
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
-        raise AdapterError(f"{folder / CONFIG}: lora_alpha is {alpha!r}; expected a number")
+    pattern = config.get("alpha_pattern") or {}
+    if not isinstance(pattern, dict):
+        raise AdapterError(f"{source}: alpha_pattern is a {type(pattern).__name__}; expected a mapping")
+    alpha = next((value for key, value in pattern.items() if _names(key, module, source)), config.get("lora_alpha"))
+    # The comparison takes NaN, infinities and whole numbers beyond any float.
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) <= sys.float_info.max:
+        raise AdapterError(f"{source}: lora_alpha is {str(alpha)[:80]}; expected a finite number")
     return float(alpha / (r**0.5 if config.get("use_rslora") else r))
 
 
-def _of_module(pattern: Any, module: str, default: Any) -> Any:
-    """PEFT's rule: a pattern's key names the module itself or the end of its path."""
-    for key, value in (pattern or {}).items():
-        if module == key or module.endswith(f".{key}"):
-            return value
-    return default
+def _names(key: str, module: str, source: Path) -> bool:
+    """PEFT's rule (``peft.utils.get_pattern_key``): a key is a regular expression for the module or the end of its path."""
+    try:
+        return re.match(rf"(.*\.)?({key})$", module) is not None
+    except (re.error, OverflowError, RecursionError) as error:
+        raise AdapterError(f"{source}: alpha_pattern has a key that is no regular expression ({error})") from None
+
+
+def _with_room(pair: Factors) -> Factors:
+    """PEFT knows no rank 0: a module without change becomes one of rank 1 that is all zeros."""
+    d_out, d_in = pair.shape
+    return pair if pair.r else Factors(A=np.zeros((1, d_in)), B=np.zeros((d_out, 1)))
 
 
 def _peft_config(adapter: Adapter, base_model: str, task_type: str) -> dict[str, Any]:
     ranks = adapter.ranks()
-    r = max(ranks.values(), default=1) or 1
+    r = max(ranks.values(), default=1)
     others = {module: rank for module, rank in ranks.items() if rank != r}
+    # PEFT keeps a classifier's head whole, the module at the root, and fails on a module inside it (RoBERTa's has two).
+    saved = {name.partition(".")[0] if task_type == "SEQ_CLS" else name.rpartition(".")[0] for name in adapter.dense}
     return {
         "peft_type": "LORA",
         "task_type": task_type,
@@ -175,7 +205,7 @@ def _peft_config(adapter: Adapter, base_model: str, task_type: str) -> dict[str,
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": sorted(ranks),
-        "modules_to_save": sorted({name.rpartition(".")[0] for name in adapter.dense}) or None,
+        "modules_to_save": sorted(saved) or None,
         "inference_mode": True,
     }
 
@@ -195,7 +225,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise AdapterError(f"{path}: no such file; expected a folder with {WEIGHTS} and {CONFIG}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{path}: not readable as JSON ({type(error).__name__})") from None
     if not isinstance(content, dict):
         raise AdapterError(f"{path}: found a JSON {type(content).__name__}; expected an object")

@@ -4,6 +4,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+# Up to here every count is a float64 too, so that weights made of counts are exact. JSON's integers have no end.
+MOST_EXAMPLES = 2**53
+
 
 class Manifest(BaseModel):
     """Flat description of an adapter or an update. Holds shapes and provenance, never data, paths or hardware facts.
@@ -30,4 +33,4 @@ class Manifest(BaseModel):
     federation: str = ""
     round: int = Field(0, ge=0)
     parent: str = ""
-    num_examples: int = Field(0, ge=0)
+    num_examples: int = Field(0, ge=0, le=MOST_EXAMPLES)

@@ -33,7 +33,8 @@ def compress(terms: Iterable[tuple[float, Factors]], shape: tuple[int, int], ran
     """The best approximation of rank ``rank`` to ``sum_k w_k * scaling_k * B_k @ A_k`` (Eckart and Young).
 
     Factors come back balanced (``B = U sqrt(S)``, ``A = sqrt(S) V.T``) with the sign fixed so that the largest entry of each
-    column of ``U`` is positive: equal products give equal factors, whatever the order of the terms.
+    column of ``U`` is positive: equal products with distinct singular values give equal factors (to rounding), whatever the
+    order of the terms. Directions that share a singular value are known only as a subspace.
 
     Args:
         terms: Pairs of a weight and factors of ``shape``; may be empty.
@@ -45,7 +46,7 @@ def compress(terms: Iterable[tuple[float, Factors]], shape: tuple[int, int], ran
     """
     used = [(weight * pair.scaling, pair) for weight, pair in terms if pair.r and weight]
     d_out, d_in = shape
-    if not used or not rank:
+    if not used:
         return _truncate(np.zeros((d_out, 0)), np.zeros(0), np.zeros((0, d_in)), rank)
     left = np.concatenate([weight * pair.B.astype(np.float64) for weight, pair in used], axis=1)
     right = np.concatenate([pair.A.astype(np.float64) for _, pair in used], axis=0)
@@ -71,7 +72,8 @@ def at_rank(pair: Factors, rank: int) -> Factors:
 def squared_norm(pair: Factors) -> float:
     """Squared Frobenius norm of ``scaling * B @ A``, from the two r x r Gram matrices."""
     a, b = pair.A.astype(np.float64), pair.B.astype(np.float64)
-    return float(pair.scaling**2 * np.sum((b.T @ b) * (a @ a.T)))
+    # Where the product vanishes, rounding leaves either sign.
+    return max(0.0, float(pair.scaling**2 * np.sum((b.T @ b) * (a @ a.T))))
 
 
 def effective_rank(singular_values: Array) -> float:
@@ -79,7 +81,8 @@ def effective_rank(singular_values: Array) -> float:
     total = float(singular_values.sum())
     if not total:
         return 0.0
-    share = singular_values[singular_values > 0] / total
+    share = singular_values / total
+    share = share[share > 0]  # after the division, in which the smallest may become zero
     return float(np.exp(-np.sum(share * np.log(share))))
 
 

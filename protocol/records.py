@@ -13,12 +13,12 @@ from typing import Any, TypeVar
 import numpy as np
 from flwr.app import Array as FlowerArray
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from protocol.adapter import Adapter, Array, Factors
 from protocol.codec import WireFormat, encode
 from protocol.errors import AdapterError, MessageError
-from protocol.manifest import Manifest
+from protocol.manifest import MOST_EXAMPLES, Manifest
 from protocol.plan import Method, Plan, Precision
 from protocol.update import Update
 
@@ -30,6 +30,12 @@ M = TypeVar("M", bound=BaseModel)
 
 class _Wire(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Version(BaseModel):
+    """The one field that every version of the protocol keeps; read before a call, whose other keys may be unknown here."""
+
+    protocol_version: int = PROTOCOL_VERSION
 
 
 class Call(_Wire):
@@ -72,8 +78,8 @@ class Offer(_Wire):
     method: Method
     precision: Precision
     r: int = Field(ge=1, le=1024)
-    modules: dict[str, tuple[int, int]]
-    dense: dict[str, tuple[int, ...]] = {}
+    modules: dict[str, tuple[PositiveInt, PositiveInt]]
+    dense: dict[str, tuple[PositiveInt, ...]] = {}
 
 
 @dataclass(frozen=True)
@@ -94,11 +100,10 @@ def call_records(call: Call, adapter: Adapter | None = None) -> RecordDict:
 
 def read_call(records: RecordDict) -> Received:
     """The call and its adapter; checks that the adapter is the one that the call names."""
+    spoken = _read_config(records, Version).protocol_version
+    if spoken != PROTOCOL_VERSION:
+        raise MessageError(f"the coordinator speaks protocol {spoken}, this node {PROTOCOL_VERSION}; install the same fedge")
     call = _read_config(records, Call)
-    if call.protocol_version != PROTOCOL_VERSION:
-        raise MessageError(
-            f"the coordinator speaks protocol {call.protocol_version}, this node {PROTOCOL_VERSION}; install the same fedge"
-        )
     adapter, _ = _read_arrays(records) if ARRAYS in records else (Adapter(), {})
     if adapter.digest() != (call.digest or Adapter().digest()):
         raise MessageError("the adapter's digest is not the one that the message names; it was changed on its way")
@@ -144,10 +149,13 @@ def read_metrics(records: RecordDict) -> tuple[dict[str, float], int]:
     record = records.get(METRICS)
     if not isinstance(record, MetricRecord):
         raise MessageError(f"no MetricRecord under {METRICS!r}")
-    values = {name: value for name, value in record.items() if isinstance(value, int | float) and math.isfinite(value)}
+    try:
+        values = {name: value for name, value in record.items() if isinstance(value, int | float) and math.isfinite(value)}
+    except OverflowError:
+        raise MessageError("a metric is a whole number beyond what a float holds") from None
     num_examples = values.pop("num-examples", None)
-    if not isinstance(num_examples, int) or num_examples < 0:
-        raise MessageError("num-examples is missing or is not a whole number of at least 0")
+    if not isinstance(num_examples, int) or not 0 <= num_examples <= MOST_EXAMPLES:
+        raise MessageError("num-examples is missing or is not a whole number from 0 to 2**53")
     return {name: float(value) for name, value in values.items()}, num_examples
 
 
@@ -174,7 +182,7 @@ def _arrays(adapter: Adapter, rows: Mapping[str, Array]) -> ArrayRecord:
         tensors[f"B|{module}"] = pair.B
     tensors |= {f"D|{name}": tensor for name, tensor in adapter.dense.items()}
     tensors |= {f"R|{name}": mask.astype(np.uint8) for name, mask in rows.items()}
-    return ArrayRecord({key: FlowerArray(np.ascontiguousarray(tensor)) for key, tensor in tensors.items()})
+    return ArrayRecord({key: FlowerArray(np.asarray(tensor, order="C")) for key, tensor in tensors.items()})
 
 
 def _read_arrays(records: RecordDict) -> tuple[Adapter, dict[str, Array]]:
@@ -202,6 +210,8 @@ def _read_tensor(key: str, array: Any) -> Array:
         tensor: Array = array.numpy()
     except Exception as error:  # noqa: BLE001 - bytes from outside: numpy may raise anything on them
         raise MessageError(f"{key[:80]}: not a tensor ({type(error).__name__})") from None
+    if not isinstance(tensor, np.ndarray):  # numpy opens a zip archive as a collection of tensors
+        raise MessageError(f"{key[:80]}: not a tensor ({type(tensor).__name__})")
     wanted = ("uint8",) if key.startswith("R|") else _WIRE_DTYPES[:2]
     if tensor.dtype.name not in wanted:
         raise MessageError(f"{key[:80]}: dtype {tensor.dtype.name}; expected {' or '.join(wanted)}")

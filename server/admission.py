@@ -5,8 +5,15 @@ from collections.abc import Mapping, Set
 import numpy as np
 
 from protocol.errors import MessageError
+from protocol.product_space import squared_norm
 from protocol.records import Call, Offer
 from protocol.update import Update
+
+# Far above what training makes (16384 x 16384 entries of 0.02 have the norm 330) and below where fp16 ends (65504), so that
+# what is merged can be sent again. A bound for outliers must be learnt from the cohort; this one is against overflow.
+LARGEST = 1e4
+# More rows than a node trains on in a round, and the sum over two million nodes is still a count that a manifest holds.
+MOST_EXAMPLES = 2**32
 
 
 def check(update: Update, offer: Offer, call: Call) -> None:
@@ -19,6 +26,7 @@ def check(update: Update, offer: Offer, call: Call) -> None:
     """
     manifest = update.manifest
     expected = {
+        "kind": (manifest.kind, "update"),
         "federation": (manifest.federation, call.federation),
         "round": (manifest.round, call.round),
         "base": (manifest.base_digest, offer.base_digest),
@@ -27,11 +35,12 @@ def check(update: Update, offer: Offer, call: Call) -> None:
     for what, (found, wanted) in expected.items():
         if found != wanted:
             raise MessageError(f"{what}: found {str(found)[:80]!r}, expected {str(wanted)[:80]!r}")
-    if manifest.num_examples < 1:
-        raise MessageError(f"num-examples: found {manifest.num_examples}, expected at least 1")
+    if not 1 <= manifest.num_examples <= MOST_EXAMPLES:
+        raise MessageError(f"num-examples: found {manifest.num_examples}, expected 1 to {MOST_EXAMPLES}")
     _check_names("module", update.adapter.factors.keys(), offer.modules.keys())
     _check_names("tensor", update.adapter.dense.keys(), offer.dense.keys())
     _check_shapes(update, offer)
+    _check_sizes(update)
 
 
 def check_offer(offer: Offer, reference: Offer) -> None:
@@ -71,6 +80,14 @@ def _check_shapes(update: Update, offer: Offer) -> None:
             raise MessageError(f"rows of {name[:80]}: found shape {mask.shape}, expected {offer.dense.get(name, ())[:1]}")
         if not np.any(mask):
             raise MessageError(f"rows of {name[:80]}: no row was trained")
+
+
+def _check_sizes(update: Update) -> None:
+    sizes = {module: squared_norm(pair) ** 0.5 for module, pair in update.adapter.factors.items()}
+    sizes |= {name: float(np.max(np.abs(tensor), initial=0.0)) for name, tensor in update.adapter.dense.items()}
+    for name, size in sizes.items():
+        if not size <= LARGEST:
+            raise MessageError(f"{name}: found size {size:.3g}, expected at most {LARGEST:g}; the training has diverged")
 
 
 def _difference(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> str:

@@ -31,6 +31,8 @@ def _tell(record: RoundRecord) -> None:
     log.info("round %d: merged %d update(s) in %.1f s", record.round, len(record.accepted), record.seconds)
     for node, reason in record.refused.items():
         log.warning("round %d: refused %s: %s", record.round, node, reason)
+    for node, reason in record.evaluation_refused.items():
+        log.warning("round %d: not measured by %s: %s", record.round, node, reason)
     for node, metrics in record.evaluation.items():
         log.info("round %d: %s: %s", record.round, node, ", ".join(f"{k} {v:.4g}" for k, v in sorted(metrics.items())))
 

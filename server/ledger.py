@@ -1,6 +1,7 @@
 """Every round on disk: the global adapter, who took part and what was measured. A round is there whole or not at all."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ class RoundRecord:
         accepted: Metrics by node name, of the updates that were merged.
         refused: Reason by node name.
         evaluation: Metrics by node name, measured by the nodes on their held-out rows with the new global adapter.
+        evaluation_refused: Reason by node name, of those that could not measure.
         merge: What the aggregation reported.
         bytes_sent, bytes_received: Adapter tensors only.
         seconds: From the first message to the merged adapter.
@@ -29,6 +31,7 @@ class RoundRecord:
     accepted: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
     evaluation: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    evaluation_refused: Mapping[str, str] = field(default_factory=dict)
     merge: Mapping[str, float] = field(default_factory=dict)
     bytes_sent: int = 0
     bytes_received: int = 0
@@ -56,9 +59,17 @@ class Ledger:
         for place in (target, self.folder / "adapter"):
             with whole_folder(place) as draft:
                 save_adapter(draft, adapter, manifest, **self._names)
-                (draft / "round.json").write_text(json.dumps(asdict(record), indent=2), encoding="utf-8")
+                text = json.dumps(_finite(asdict(record)), indent=2, allow_nan=False)
+                (draft / "round.json").write_text(text, encoding="utf-8")
         return target
 
     def describe(self, facts: Mapping[str, Any]) -> None:
         """Writes ``federation.json``: what was published and what each node offered."""
         write_whole(self.folder / "federation.json", json.dumps(facts, indent=2, default=str))
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows neither NaN nor infinity: they become null."""
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 
 from protocol.adapter import Adapter
 from protocol.codec import encode
-from protocol.errors import FederationError, FedgeError, MessageError
+from protocol.errors import AdapterError, FederationError, FedgeError, MessageError
 from protocol.federation import Federation
 from protocol.manifest import Manifest
 from protocol.product_space import split
@@ -83,6 +83,8 @@ class _Rounds:
         for number in range(1, self._federation.rounds.count + 1):
             adapter, manifest, record = self._round(number, adapter, manifest)
             self._ledger.keep(record, adapter, manifest)
+            if number == 1:  # a federation in which no round succeeds leaves nothing behind
+                self._describe()
             records.append(record)
             self._watch(record)
         offers = {self._names[node]: offer for node, offer in self._offers.items()}
@@ -91,26 +93,29 @@ class _Rounds:
     def _join(self) -> None:
         nodes = self._wait_for_nodes()
         call = self._call(0, 0, None, "")
-        replies = self._exchange(MessageType.QUERY, dict.fromkeys(nodes, (call, None)))
-        offers, refused = _read_all(replies, lambda node, content: read_offer(content))
+        asked = dict.fromkeys(nodes, (call, None))
+        offers, refused = self._ask(MessageType.QUERY, asked, lambda _, content: read_offer(content))
         for node, reason in refused.items():
             self._left_out[f"node-{node}"] = reason
         if offers:
             digest = Counter(offer.base_digest for offer in offers.values()).most_common(1)[0][0]
             reference = next(offer for _, offer in sorted(offers.items()) if offer.base_digest == digest)
             for node, offer in sorted(offers.items()):
+                name = _unique(offer.name, {*self._names.values(), *self._left_out}, node)
                 try:
                     check_offer(offer, reference)
                 except MessageError as error:
-                    self._left_out[offer.name] = str(error)
+                    self._left_out[name] = str(error)
                 else:
                     self._offers[node] = offer
-                    self._names[node] = _unique(offer.name, set(self._names.values()), node)
+                    self._names[node] = name
         if len(self._offers) < self._federation.rounds.minimum_nodes:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in self._left_out.items()) or "none was refused"
             raise FederationError(
                 f"{len(self._offers)} node(s) can take part, {self._federation.rounds.minimum_nodes} are needed ({reasons})"
             )
+
+    def _describe(self) -> None:
         facts = {"federation": self._federation.model_dump(mode="json"), "left_out": self._left_out}
         offered = {self._names[node]: offer.model_dump(mode="json") for node, offer in self._offers.items()}
         self._ledger.describe(facts | {"offers": offered})
@@ -129,10 +134,9 @@ class _Rounds:
 
     def _round(self, number: int, adapter: Adapter, manifest: Manifest) -> tuple[Adapter, Manifest, RoundRecord]:
         begun = time.monotonic()
-        sent = encode(adapter, self._federation.rounds.wire)
+        sent = self._encoded(adapter)
         digest = sent.digest()
         asked = {node: (self._call(number, offer.r, manifest, digest), sent) for node, offer in self._offers.items()}
-        replies = self._exchange(MessageType.TRAIN, asked)
         self._rule.begin(adapter)
         received = 0
 
@@ -144,9 +148,7 @@ class _Rounds:
             received += update.adapter.nbytes()
             return _with_count(metrics, update.manifest.num_examples)
 
-        accepted, refused = _read_all(replies, admit)
-        for node in asked.keys() - accepted.keys() - refused.keys():
-            refused[node] = f"no reply within {self._federation.rounds.timeout_seconds:g} s"
+        accepted, refused = self._ask(MessageType.TRAIN, asked, admit)
         if len(accepted) < self._federation.rounds.minimum_nodes:
             reasons = "; ".join(f"{self._names[node]}: {reason}" for node, reason in refused.items())
             raise FederationError(
@@ -156,11 +158,13 @@ class _Rounds:
         merged, report = self._rule.finalise()
         made = self._manifest(number, adapter.digest(), report.num_examples, max(merged.ranks().values(), default=0))
         seconds = time.monotonic() - begun
+        measured, unmeasured = self._evaluate(number, merged, made)
         record = RoundRecord(
             round=number,
-            accepted={self._names[node]: metrics for node, metrics in accepted.items()},
-            refused={self._names[node]: reason for node, reason in refused.items()},
-            evaluation=self._evaluate(number, merged, made),
+            accepted=self._by_name(accepted),
+            refused=self._by_name(refused),
+            evaluation=self._by_name(measured),
+            evaluation_refused=self._by_name(unmeasured),
             merge=asdict(report),
             bytes_sent=sent.nbytes() * len(asked),
             bytes_received=received,
@@ -168,16 +172,25 @@ class _Rounds:
         )
         return merged, made, record
 
-    def _evaluate(self, number: int, adapter: Adapter, manifest: Manifest) -> dict[str, dict[str, float]]:
+    def _evaluate(
+        self, number: int, adapter: Adapter, manifest: Manifest
+    ) -> tuple[dict[int, dict[str, float]], dict[int, str]]:
         every, last = self._federation.rounds.evaluate_every, number == self._federation.rounds.count
         if not last and (not every or number % every):
-            return {}
-        sent = encode(adapter, self._federation.rounds.wire)
+            return {}, {}
+        sent = self._encoded(adapter)
         call = self._call(number, manifest.r, manifest, sent.digest())
-        replies = self._exchange(MessageType.EVALUATE, dict.fromkeys(self._offers, (call, sent)))
+        asked = dict.fromkeys(self._offers, (call, sent))
+        return self._ask(MessageType.EVALUATE, asked, lambda _, content: _with_count(*read_metrics(content)))
 
-        results, _ = _read_all(replies, lambda node, content: _with_count(*read_metrics(content)))
-        return {self._names[node]: metrics for node, metrics in sorted(results.items())}
+    def _encoded(self, adapter: Adapter) -> Adapter:
+        try:
+            return encode(adapter, self._federation.rounds.wire)
+        except AdapterError as error:
+            raise FederationError(f"the global adapter cannot be sent: {error} (rounds.wire: fp32)") from None
+
+    def _by_name(self, results: Mapping[int, T]) -> dict[str, T]:
+        return {self._names[node]: result for node, result in sorted(results.items())}
 
     def _call(self, number: int, r: int, manifest: Manifest | None, digest: str) -> Call:
         return Call(
@@ -203,12 +216,19 @@ class _Rounds:
             num_examples=num_examples,
         )
 
-    def _exchange(self, kind: str, asked: Mapping[int, tuple[Call, Adapter | None]]) -> Iterable[Message]:
+    def _ask(
+        self, kind: str, asked: Mapping[int, tuple[Call, Adapter | None]], read: Callable[[int, RecordDict], T]
+    ) -> tuple[dict[int, T], dict[int, str]]:
+        """What each node said, or why it could not be used: everyone who was asked is in one of the two."""
         messages = [
             Message(call_records(call, adapter), dst_node_id=node, message_type=kind)
             for node, (call, adapter) in sorted(asked.items())
         ]
-        return self._grid.send_and_receive(messages, timeout=self._federation.rounds.timeout_seconds)
+        timeout = self._federation.rounds.timeout_seconds
+        results, refused = _read_all(self._grid.send_and_receive(messages, timeout=timeout), read)
+        for node in sorted(asked.keys() - results.keys() - refused.keys()):
+            refused[node] = f"no reply within {timeout:g} s"
+        return results, refused
 
 
 def _read_all(replies: Iterable[Message], read: Callable[[int, RecordDict], T]) -> tuple[dict[int, T], dict[int, str]]:
@@ -237,4 +257,6 @@ def _with_count(metrics: dict[str, float], num_examples: int) -> dict[str, float
 
 
 def _unique(name: str, taken: set[str], node: int) -> str:
-    return name if name not in taken else f"{name}-{node}"
+    while name in taken:
+        name = f"{name}-{node}"
+    return name

@@ -51,7 +51,9 @@ def simulate(
     from simulations.scenario import nodes_of, read_scenario
 
     scenario = read_scenario(config)
-    nodes, federation = nodes_of(scenario), scenario.federation
+    federation = scenario.federation
+    check(federation.plan, scenario.nodes)
+    nodes = nodes_of(scenario)
     check(federation.plan, nodes)
     if scenario.compare:
         comparison = compare(federation, nodes, watch=_tell, say=_say)

@@ -17,6 +17,7 @@ from simulations.grid import InProcessGrid
 from strategies.base_model import find
 from strategies.data.formats import Row
 from strategies.evaluation.measure import measure
+from strategies.methods import lora
 from strategies.selector import Selection
 from strategies.training import fit
 
@@ -49,11 +50,12 @@ class Comparison:
 
 
 def check(plan: Plan, nodes: Sequence[Node]) -> None:
-    """Asks every node to join and shows its own words if it cannot; over a network only a code would come back.
+    """Looks at the base, asks every node to join and shows its own words if it cannot; a network would bring but a code.
 
     Raises:
         UserError: What is wrong with a node's data, base or plan.
     """
+    lora.shapes(find(plan.base_model), plan)
     for node in nodes:
         join(Call(federation="check", round=0, rounds=1, plan=plan), node)
 

@@ -17,6 +17,8 @@ from simulations import partition
 from strategies.data.files import read
 from strategies.selector import TierName
 
+_LONGEST_NAME = 80
+
 
 class Partition(Strict):
     """Nodes made from one file of rows. ``tiers`` and ``max_ranks`` are dealt out in turn."""
@@ -74,15 +76,20 @@ def read_scenario(path: Path) -> Scenario:
 
 
 def nodes_of(scenario: Scenario) -> tuple[Node, ...]:
-    """The nodes; those of a partition are written to ``OUTPUT/nodes/NAME/`` first, as real nodes have files."""
+    """The nodes; those of a partition are written to ``OUTPUT/nodes/0001/`` … first, as real nodes have files."""
     made = scenario.partition
     if made is None:
         return scenario.nodes
     rows = [dict(row) for _, row in read(made.rows)]
     held_out = [dict(row) for _, row in read(made.evaluate)] if made.evaluate else []
     nodes = []
-    for number, (name, part) in enumerate(_parts(made, rows).items()):
-        folder = scenario.federation.output.resolve() / "nodes" / name.replace("/", "_")
+    parts = _parts(made, rows)
+    if unfit := [name for name in parts if not name.strip() or len(name) > _LONGEST_NAME]:
+        what = f"{len(unfit)} of {len(parts)} values are blank or longer than {_LONGEST_NAME} characters; each names a node"
+        raise ConfigurationError(str(made.rows), [f"partition.column {made.column}: {what}"])
+    for number, (name, part) in enumerate(parts.items()):
+        # By number: a value may look like a path, or like another value.
+        folder = scenario.federation.output.resolve() / "nodes" / f"{number + 1:04d}"
         train, evaluate = folder / "train.jsonl", folder / "evaluate.jsonl"
         write_rows(train, [rows[at] for at in part])
         own = [row for row in held_out if made.kind != "column" or str(row.get(made.column or "")) == name]

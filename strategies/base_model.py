@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from protocol.errors import ModelError
-from protocol.plan import QUANTISED, Plan, Precision
+from protocol.plan import QUANTISED, Objective, Plan, Precision
 from strategies import label_head
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ def find(name: str) -> Base:
     folder = _folder(name)
     if not (folder / "config.json").is_file() or not _weight_files(folder):
         raise ModelError(f"{name!r}: {folder} holds no model; expected config.json and *.safetensors in it")
+    for file in folder.glob("*.safetensors"):
+        _check_header(file)
     stamp = tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in _identity(folder))
     return Base(name, folder, _digest(folder, stamp))
 
@@ -63,11 +65,13 @@ def load(base: Base, plan: Plan) -> "tuple[PreTrainedModel, PreTrainedTokenizerB
     Raises:
         ModelError: The model cannot do what the objective asks, or this machine cannot hold it that way.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     kwargs: dict[str, Any] = {"dtype": _dtype(plan.precision), "local_files_only": True}
     if plan.precision in QUANTISED:
         kwargs["quantization_config"] = _quantisation(plan)
+    check_objective(base, plan.objective)
     kind: Any = AutoModelForCausalLM
     if plan.objective == "classification":
         kind = AutoModelForSequenceClassification
@@ -78,14 +82,13 @@ def load(base: Base, plan: Plan) -> "tuple[PreTrainedModel, PreTrainedTokenizerB
             "label2id": {label: row for row, label in enumerate(labels)},
         }
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(base.folder), local_files_only=True)
         with _quiet():
             model = kind.from_pretrained(str(base.folder), **kwargs)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{base.name!r} cannot be loaded for {plan.objective} at {plan.precision}: {error}") from error
-    if plan.objective == "sft" and model.config.is_encoder_decoder is False and not model.can_generate():
-        raise ModelError(f"{base.name!r} cannot generate text; use objective: classification, or a decoder")
-    _complete(tokenizer, model)
+    tokenizer = load_tokenizer(base)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
     for module in model.modules():
         # bitsandbytes would repack nf4 weights for inference on some CPUs: only if d_out is a multiple of 32, and with other
         # rounding than in training. One arithmetic for both, on every CPU.
@@ -97,12 +100,62 @@ def load(base: Base, plan: Plan) -> "tuple[PreTrainedModel, PreTrainedTokenizerB
     return model, tokenizer
 
 
+def configuration(base: Base) -> Any:
+    """The base's transformers configuration.
+
+    Raises:
+        ModelError: It is not one that transformers knows.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(base.folder), local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{base.folder / 'config.json'}: not a configuration that transformers knows ({error})") from None
+
+
+def check_objective(base: Base, objective: Objective) -> None:
+    """Refuses to train an encoder for answers: it would read ahead to the answer that it should give.
+
+    Raises:
+        ModelError: The objective is ``sft`` and the base is not a decoder.
+    """
+    built = getattr(configuration(base), "architectures", None) or ()
+    if objective == "sft" and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in built):
+        raise ModelError(
+            f"{base.name!r} is built as {', '.join(built) or 'nothing that it names'}, which gives no answers; "
+            "use objective: classification, or a decoder (…ForCausalLM)"
+        )
+
+
+def load_tokenizer(base: Base) -> "PreTrainedTokenizerBase":
+    """The base's tokenizer, with padding and a chat template.
+
+    Raises:
+        ModelError: There is none that transformers can read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(base.folder), local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+        raise ModelError(f"{base.name!r} has no tokenizer that can be read: {error}") from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
 def _folder(name: str) -> Path:
     if name == EMBEDDED:
         return _embedded()
     path = Path(name).expanduser()
-    if path.is_dir():
-        return path
+    try:
+        if path.is_dir():
+            return path
+    except OSError as error:
+        raise ModelError(f"{name!r}: {error.strerror}; expected a folder, an installed package, a hub name, or {EMBEDDED!r}") from None
     if path.is_absolute() or name.startswith((".", "~")):
         raise ModelError(f"{name!r}: no such folder; expected a folder with config.json and *.safetensors")
     return _in_package(name) or _from_hub(name)
@@ -146,6 +199,17 @@ def _weight_files(folder: Path) -> list[Path]:
     return sorted(file for pattern in _WEIGHTS for file in folder.glob(pattern))
 
 
+def _check_header(file: Path) -> None:
+    """A file that was cut off is found here, before a federation is joined, and not when its weights are read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file}: not a whole safetensors file ({error}); fetch the model again") from None
+
+
 def _identity(folder: Path) -> list[Path]:
     return [folder / "config.json", *_weight_files(folder)]
 
@@ -181,15 +245,6 @@ def _quantisation(plan: Plan) -> Any:
         bnb_4bit_compute_dtype=_dtype(plan.precision),
         llm_int8_skip_modules=keep,
     )
-
-
-def _complete(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> None:
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    if tokenizer.chat_template is None and model.can_generate():
-        tokenizer.chat_template = CHAT_TEMPLATE
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
 
 
 def _quiet() -> Any:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from protocol.plan import QUANTISED, Plan, Precision
+from protocol.plan import Plan, Precision
 
 TierName = Literal["large", "medium", "small", "micro"]
 
@@ -24,6 +24,7 @@ class Tier:
     why: str
 
 
+BITS: Mapping[Precision, int] = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "nf4": 4}
 TIERS: Mapping[TierName, Tier] = {
     "large": Tier(64, None, "a data-centre GPU: room for the base as published"),
     "medium": Tier(16, None, "a workstation GPU: room for the base, rank kept moderate"),
@@ -63,8 +64,9 @@ def select(wish: Plan, tier: TierName = "large", max_rank: int | None = None) ->
         why = f"tier {tier} ({limits.why})" if by_tier else "the node's own max_rank"
         reasons["lora.r"] = f"{rank} instead of {wish.lora.r}: {why}"
         chosen = chosen.model_copy(update={"lora": wish.lora.with_rank(rank)})
-    if limits.precision and wish.precision not in QUANTISED:
+    if limits.precision and BITS[wish.precision] > BITS[limits.precision]:
         reasons["precision"] = f"{limits.precision} instead of {wish.precision}: tier {tier} ({limits.why})"
-        reasons["method"] = f"qlora instead of {wish.method}: LoRA on a {limits.precision} base is QLoRA"
+        if wish.method != "qlora":
+            reasons["method"] = f"qlora instead of {wish.method}: LoRA on a {limits.precision} base is QLoRA"
         chosen = chosen.model_copy(update={"precision": limits.precision, "method": "qlora"})
     return Selection(chosen, reasons)

@@ -42,7 +42,7 @@ class MergeReport:
 
 @dataclass
 class _Dense:
-    start: Array
+    base: Array
     change: Array
     weight: Array
 
@@ -85,7 +85,7 @@ class ProductDelta:
             if module in start.factors:
                 terms.append((-weight, start.factors[module]))
         for name, tensor in update.adapter.dense.items():
-            self._add_dense(name, tensor, update.rows.get(name), weight)
+            self._add_dense(name, tensor, start.dense.get(name), update.rows.get(name), weight)
 
     def finalise(self) -> tuple[Adapter, MergeReport]:
         """The next global adapter (float32, scaling 1) and what the merge did."""
@@ -112,20 +112,29 @@ class ProductDelta:
             return self._current.factors[module].shape
         return self._terms[module][0][1].shape
 
-    def _add_dense(self, name: str, tensor: Array, rows: Array | None, weight: int) -> None:
+    def _add_dense(self, name: str, tensor: Array, begun: Array | None, rows: Array | None, weight: int) -> None:
         value = tensor.astype(np.float64)
         if name not in self._dense:
-            start = self._current.dense.get(name, tensor).astype(np.float64)
-            self._dense[name] = _Dense(start, np.zeros_like(start), np.zeros(start.shape[:1]))
+            # Before the first merge the first node's tensor is the base: untouched where it did not train, and where it
+            # did, the mean of changes from it is the mean of values.
+            base = self._current.dense.get(name, tensor).astype(np.float64)
+            self._dense[name] = _Dense(base, np.zeros_like(base), np.zeros(base.shape[:1]))
         sums = self._dense[name]
         mask = np.ones(value.shape[:1]) if rows is None else rows.astype(np.float64)
         share = weight * mask
-        sums.change += share.reshape(-1, *[1] * (value.ndim - 1)) * (value - sums.start)
+        # Against what arrived at the node: on an fp16 wire that is not quite the base, and the difference is no change.
+        sums.change += _per_row(share, value) * (value - (sums.base if begun is None else begun.astype(np.float64)))
         sums.weight += share
 
     def _merged_dense(self, name: str) -> Array:
         sums = self._dense[name]
-        weight = np.maximum(sums.weight, 1e-300).reshape(-1, *[1] * (sums.change.ndim - 1))
+        weight = _per_row(np.maximum(sums.weight, 1e-300), sums.change)
         # Before the first merge nobody here has seen the untouched start, so there is nothing to take a step away from.
         step = self.server_learning_rate if name in self._current.dense else 1.0
-        return (sums.start + step * sums.change / weight).astype(np.float32)
+        merged: Array = (sums.base + step * sums.change / weight).astype(np.float32)
+        return merged
+
+
+def _per_row(numbers: Array, tensor: Array) -> Array:
+    """One number for every row of ``tensor``, or the single one of a tensor without rows."""
+    return numbers.reshape(numbers.shape + (1,) * (tensor.ndim - numbers.ndim))

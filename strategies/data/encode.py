@@ -45,6 +45,11 @@ def encode(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", max_length
     return Encoded(kept, cut, len(encoded) - len(kept))
 
 
+def is_usable(row: Row, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> bool:
+    """Whether anything of the answer is left within ``max_length`` tokens; a labelled text is always usable."""
+    return isinstance(row, LabelledText) or _has_loss(_shorten(_conversation(row, tokenizer), max_length))
+
+
 def prompt_ids(prompt: Sequence[dict[str, str]], tokenizer: "PreTrainedTokenizerBase", tools: Any = None) -> list[int]:
     """Token ids of a conversation up to where the assistant begins to speak."""
     return _render(list(prompt), tokenizer, tools, add_generation_prompt=True)
@@ -52,7 +57,7 @@ def prompt_ids(prompt: Sequence[dict[str, str]], tokenizer: "PreTrainedTokenizer
 
 def _conversation(row: Conversation, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
     before = prompt_ids(row.prompt, tokenizer, row.tools)
-    whole = _render([*row.prompt, {"role": "assistant", "content": row.answer}], tokenizer, row.tools)
+    whole = _render([*row.prompt, {"role": row.role, "content": row.answer}], tokenizer, row.tools)
     shared = next((at for at, (x, y) in enumerate(zip(before, whole, strict=False)) if x != y), min(len(before), len(whole)))
     return {"input_ids": whole, "labels": [IGNORED] * shared + whole[shared:]}
 

@@ -49,8 +49,8 @@ def _jsonl(path: Path) -> Iterator[tuple[int, Raw]]:
                 continue
             try:
                 row = json.loads(text)
-            except ValueError as error:
-                problems.append((line, f"not JSON ({getattr(error, 'msg', 'unreadable')})"))
+            except (ValueError, RecursionError) as error:
+                problems.append((line, f"not JSON ({getattr(error, 'msg', 'nested too deep')})"))
                 continue
             if isinstance(row, dict):
                 rows.append((line, row))
@@ -65,8 +65,10 @@ def _json(path: Path) -> Iterator[tuple[int, Raw]]:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError:
         raise
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({getattr(error, 'msg', '')}); one object a line goes into .jsonl") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{path}: not JSON ({getattr(error, 'msg', 'nested too deep')}); one object a line goes into .jsonl"
+        ) from None
     if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
         raise DataError(f"{path}: found a JSON {type(content).__name__}; expected a list of objects")
     yield from enumerate(content, 1)
@@ -75,6 +77,7 @@ def _json(path: Path) -> Iterator[tuple[int, Raw]]:
 def _csv(path: Path) -> Iterator[tuple[int, Raw]]:
     problems, rows = [], []
     with path.open(encoding="utf-8-sig", newline="") as file:
+        csv.field_size_limit(2**31 - 1)  # a cell may hold a document
         reader = csv.DictReader(file, strict=True)
         try:
             for row in reader:

@@ -8,6 +8,7 @@
 | text, label | a labelled text |
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,8 @@ from protocol.plan import Plan
 from strategies.data.files import Raw, raise_all, read
 
 Message = dict[str, str]
-_ROLES = ("system", "user", "assistant", "tool", "function", "observation")
+_SPOKEN = ("assistant", "tool_call", "function_call")  # what the model says, and so what there is to learn
+_ROLES = ("system", "user", *_SPOKEN, "tool", "function", "observation")
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,14 @@ class Conversation:
     Attributes:
         prompt: ``{"role", "content"}`` messages; the last is not the assistant's.
         answer: What the assistant says next; the loss is on this alone.
-        tools: Tool descriptions as the row gave them, or None.
+        tools: Tool descriptions, or None.
+        role: Of the answer: ``assistant``, or that of a tool call.
     """
 
     prompt: tuple[Message, ...]
     answer: str
     tools: Any = None
+    role: str = "assistant"
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ def load(path: Path, plan: Plan) -> list[Row]:
     labels = labels_of(plan) if plan.objective == "classification" else {}
     for line, fields in raw:
         try:
+            _check_text(fields)
             rows += [_labelled(fields, labels)] if labels else list(_conversations(fields))
         except _UnusableError as error:
             problems.append((line, str(error)))
@@ -81,7 +86,10 @@ def distinct_labels(path: Path) -> tuple[str, ...]:
     """Every label in a file, sorted: for a plan on one machine that lists none."""
     raw = read(path)
     raise_all(path, [(line, "label is missing") for line, row in raw if not _text(row.get("label"))], len(raw))
-    return tuple(sorted({_text(row["label"]) for _, row in raw}))
+    labels = tuple(sorted({_text(row["label"]) for _, row in raw}))
+    if len(labels) < 2:
+        raise DataError(f"{path}: every row has the same label; classification needs at least 2")
+    return labels
 
 
 def _conversations(row: Raw) -> Iterator[Conversation]:
@@ -115,11 +123,31 @@ def _turns(messages: Any, tools: Any) -> Iterator[Conversation]:
         if not isinstance(message, dict) or message.get("role") not in _ROLES or not isinstance(message.get("content"), str):
             raise _UnusableError(f"message {number} needs a role ({', '.join(_ROLES)}) and a text content")
     plain = [{"role": message["role"], "content": message["content"]} for message in messages]
-    answers = [at for at, message in enumerate(plain) if message["role"] == "assistant" and at > 0]
+    answers = [at for at, message in enumerate(plain) if message["role"] in _SPOKEN and at > 0]
     if not answers:
         raise _UnusableError("no message of role assistant after the first; there is nothing to learn from")
+    described = _tools(tools)
     for at in answers:
-        yield Conversation(tuple(plain[:at]), plain[at]["content"], tools)
+        yield Conversation(tuple(plain[:at]), plain[at]["content"], described, plain[at]["role"])
+
+
+def _tools(tools: Any) -> Any:
+    """Tool descriptions; many files hold them as JSON text."""
+    if not isinstance(tools, str):
+        return tools
+    try:
+        return json.loads(tools)
+    except (ValueError, RecursionError):
+        raise _UnusableError("tools is a text that is not JSON") from None
+
+
+def _check_text(row: Raw) -> None:
+    try:
+        json.dumps(row, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        raise _UnusableError("holds half of a surrogate pair, which is no character") from None
+    except (RecursionError, ValueError):
+        raise _UnusableError("is nested too deep") from None
 
 
 def _labelled(row: Raw, labels: dict[str, int]) -> LabelledText:

@@ -1,7 +1,8 @@
 """Which rows train, which are held out, and which a round takes: fixed by the seed, fresh every round."""
 
+import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -23,14 +24,18 @@ def hold_out(rows: Sequence[T], fraction: float, seed: int) -> tuple[list[T], li
 
 
 def window(total: int, position: int, count: int, seed: int) -> list[int]:
-    """Row numbers ``position … position + count`` of an endless reading of ``total`` rows, shuffled anew every pass.
+    """Row numbers ``position … position + count`` of the endless reading (``read_on``)."""
+    return list(itertools.islice(read_on(total, position, seed), count))
 
-    Every row is seen once before any is seen twice, wherever a round begins.
+
+def read_on(total: int, position: int, seed: int) -> Iterator[int]:
+    """Row numbers of an endless reading of ``total`` rows, from ``position`` on.
+
+    The rows are shuffled anew for every pass: each is read once before any is read again.
     """
-    numbers: list[int] = []
-    while len(numbers) < count:
-        turn, offset = divmod(position + len(numbers), total)
+    turn, offset = divmod(position, total)
+    while True:
         order = list(range(total))
         random.Random(f"{seed}/{turn}").shuffle(order)
-        numbers += order[offset : offset + count - len(numbers)]
-    return numbers
+        yield from order[offset:]
+        turn, offset = turn + 1, 0

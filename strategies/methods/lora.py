@@ -9,7 +9,7 @@ from protocol.adapter import Adapter, Array, Factors
 from protocol.errors import AdapterError, ModelError
 from protocol.plan import QUANTISED, Plan
 from protocol.product_space import split
-from strategies.base_model import Base
+from strategies.base_model import Base, check_objective, configuration
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _PREFIX = "base_model.model."
 _KEPT = "modules_to_save.default"
+_FROZEN = "fedge_frozen_directions"
 Shapes = tuple[dict[str, tuple[int, int]], dict[str, tuple[int, ...]]]
 
 
@@ -77,8 +78,7 @@ def load(model: "PeftModel", adapter: Adapter) -> None:
             own, rest = split(pair, a.shape[0])
             a[: own.r] = torch.from_numpy(np.array(own.A)).to(a)
             b[:, : own.r] = torch.from_numpy(np.array(own.B) * (own.scaling / layers[module].scaling["default"])).to(b)
-            if rest.r:
-                layers[module].register_forward_hook(_adding(rest, a))
+            _freeze(layers[module], rest, a)
         for name, tensor in adapter.dense.items():
             if tensor.shape != tuple(dense[name].shape):
                 raise AdapterError(f"{name}: found shape {tensor.shape}, expected {tuple(dense[name].shape)}")
@@ -100,27 +100,40 @@ def extract(model: "PeftModel") -> Adapter:
 
 def shapes(base: Base, plan: Plan) -> Shapes:
     """``(d_out, d_in)`` by module and shape by dense tensor, from the configuration alone: no weight is read."""
-    found: Shapes = _shapes(base.folder, plan.objective, plan.data.labels, plan.lora.target_modules)
+    found: Shapes = _shapes(base, plan.objective, plan.data.labels, plan.lora.target_modules)
     return found
 
 
 @lru_cache(maxsize=32)
-def _shapes(folder: Any, objective: Any, labels: Any, targets: Any) -> Shapes:
+def _shapes(base: Base, objective: Any, labels: Any, targets: Any) -> Shapes:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    check_objective(base, objective)
+    config = configuration(base)
     kind: Any = AutoModelForCausalLM
     if objective == "classification":
         kind, config.num_labels = AutoModelForSequenceClassification, len(labels)
     plan = Plan.model_validate({"objective": objective, "lora": {"r": 1, "target_modules": targets}})
+    try:
+        with torch.device("meta"):
+            empty = kind.from_config(config)
+    except (ValueError, TypeError, RuntimeError, AttributeError, ZeroDivisionError) as error:
+        raise ModelError(f"{base.folder / 'config.json'}: no {objective} model can be built from it ({error})") from None
     with torch.device("meta"):
-        model = attach(kind.from_config(config), plan)
+        model = attach(empty, plan)
     modules = {
         module: (layer.lora_B["default"].weight.shape[0], layer.lora_A["default"].weight.shape[1])
         for module, layer in _layers(model).items()
     }
     return modules, {name: tuple(tensor.shape) for name, tensor in _dense(model).items()}
+
+
+def _freeze(layer: Any, rest: Factors, like: Any) -> None:
+    """Adds frozen directions to a layer's output, in place of those that an earlier call added."""
+    if handle := getattr(layer, _FROZEN, None):
+        handle.remove()
+    setattr(layer, _FROZEN, layer.register_forward_hook(_adding(rest, like)) if rest.r else None)
 
 
 def _adding(pair: Factors, like: Any) -> Any:

@@ -133,9 +133,8 @@ def test_a_spoilt_model_is_a_model_error_that_names_it(copy, spoilt):
         config.write_text(json.dumps(json.loads(config.read_text()) | {"hidden_size": 128}))
     else:
         config.write_text("{" if spoilt == "broken config" else "{}")
-    base = find(str(copy))
     with pytest.raises(ModelError) as caught:
-        load(base, Plan(base_model=str(copy)))
+        load(find(str(copy)), Plan(base_model=str(copy)))
     assert str(copy) in str(caught.value)
 
 

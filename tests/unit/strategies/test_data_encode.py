@@ -101,7 +101,9 @@ def test_conversations_of_many_turns_with_tools_are_what_trl_makes_of_them(data,
 def test_tools_given_as_json_text_are_what_trl_makes_of_them(loaded, tokenizer, tmp_path):
     tokenizer.chat_template = TOOL_TEMPLATE
     tools = json.dumps([{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}])
-    agree([Conversation(({"role": "user", "content": "Rain?"},), "No.", tools)], loaded[0], tokenizer, 4096, tmp_path)
+    turns = [{"role": "user", "content": "Rain?"}, {"role": "assistant", "content": "No."}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": turns, "tools": tools}))
+    agree(load_rows(tmp_path / "rows.jsonl", Plan()), loaded[0], tokenizer, 4096, tmp_path)
 
 
 def test_a_template_that_renders_open_turns_otherwise_begins_the_loss_where_trl_begins_it(loaded, tokenizer, tmp_path):
