@@ -45,7 +45,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 
 def _swap(draft: Path, target: Path) -> None:
-    # A folder cannot be renamed over a full one: the old one steps aside, and comes back if the new one cannot come in.
+    """A folder cannot be renamed over a full one: the old one steps aside, and comes back if the new one cannot come in."""
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
     old = aside / target.name
     try:

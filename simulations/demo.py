@@ -60,6 +60,9 @@ def prepare(output: Path) -> Path:
 
 def run(scenario_file: Path, watch: Callable[[RoundRecord], None], say: Say) -> Comparison:
     """Runs the federation and what it is held against."""
+    import torch
+
+    torch.set_num_threads(1)  # matrices this small are slower on two threads than on one
     scenario = read_scenario(scenario_file)
     return compare(scenario.federation, nodes_of(scenario), watch=watch, say=say)
 

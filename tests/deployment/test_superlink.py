@@ -103,36 +103,6 @@ class Terminals:
 
 
 @pytest.fixture
-def work(tmp_path: Path) -> Path:
-    """The document's $WORK with a base model in it: random weights, every byte a token."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    vocabulary = ["<s>", "</s>", "<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE(vocab={token: at for at, token in enumerate(vocabulary)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(tmp_path / "base")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
-    return tmp_path
-
-
-@pytest.fixture
 def terminals(tmp_path: Path) -> Iterator[Terminals]:
     names = ("PORT", "BANK_PORT", "CLINIC_PORT")
     env = {name: value for name, value in os.environ.items() if name not in ("FLWR_HOME", "http_proxy", "HTTP_PROXY")}
@@ -140,7 +110,6 @@ def terminals(tmp_path: Path) -> Iterator[Terminals]:
     env |= {
         "WORK": str(tmp_path),
         "VENV": sys.prefix,
-        "BASE_MODEL": str(tmp_path / "base"),
         "OMP_NUM_THREADS": "1",
         "COLUMNS": "200",
     }
@@ -152,7 +121,7 @@ def terminals(tmp_path: Path) -> Iterator[Terminals]:
         terminals.close()
 
 
-def test_a_superlink_and_two_supernodes_train_the_same_adapter_as_the_in_process_grid(work: Path, terminals: Terminals) -> None:
+def test_a_superlink_and_two_supernodes_train_the_adapter_of_an_in_process_run(tmp_path: Path, terminals: Terminals) -> None:
     commands = blocks()
     for step in ("2", "3", "6"):
         terminals.run(commands[step][0])
@@ -166,13 +135,13 @@ def test_a_superlink_and_two_supernodes_train_the_same_adapter_as_the_in_process
     assert "round 2: merged 2 update(s)" in log, terminals.story()
     shown = terminals.run(commands["8"][0])
     assert "finished:completed" in re.sub(r"\s", "", shown), shown
-    offers = json.loads((work / "result" / "federation.json").read_text())["offers"]
+    offers = json.loads((tmp_path / "result" / "federation.json").read_text())["offers"]
     assert {name: (offer["precision"], offer["r"]) for name, offer in offers.items()} == {
         "bank": ("fp32", 16),
         "clinic": ("nf4", 8),
     }
     terminals.run(commands[SIMULATION][0])
-    assert difference(work) <= 1e-6
+    assert difference(tmp_path) <= 1e-6
 
 
 def test_with_tls_a_node_is_admitted_only_with_an_enrolled_key(tmp_path: Path, terminals: Terminals) -> None:
@@ -197,7 +166,7 @@ def test_with_tls_a_node_is_admitted_only_with_an_enrolled_key(tmp_path: Path, t
 
 
 @pytest.mark.slow
-def test_flower_s_own_simulation_trains_the_same_adapter_as_the_in_process_grid(work: Path, terminals: Terminals) -> None:
+def test_flower_s_own_simulation_trains_the_same_adapter_as_the_in_process_grid(tmp_path: Path, terminals: Terminals) -> None:
     pytest.importorskip("ray", reason='pip install "flwr[simulation]"')
     commands = blocks()
     for step in ("2", "3", "6"):
@@ -210,16 +179,16 @@ def test_flower_s_own_simulation_trains_the_same_adapter_as_the_in_process_grid(
     log = terminals.run(run, seconds=300)
 
     assert "round 2: merged 2 update(s)" in log, terminals.story()
-    assert difference(work) <= 1e-6
+    assert difference(tmp_path) <= 1e-6
 
 
-def difference(work: Path) -> float:
+def difference(tmp_path: Path) -> float:
     """Largest absolute difference between the deployed adapter and that of an in-process run of the same files."""
     from simulations.federation import federate
 
-    federation = load(work / "federation.yaml", Federation).model_copy(update={"output": work / "in-process"})
-    expected = products(federate(federation, read_nodes(work / "nodes.yaml")).adapter)
-    found = products(read_adapter(work / "result" / "adapter")[0])
+    federation = load(tmp_path / "federation.yaml", Federation).model_copy(update={"output": tmp_path / "in-process"})
+    expected = products(federate(federation, read_nodes(tmp_path / "nodes.yaml")).adapter)
+    found = products(read_adapter(tmp_path / "result" / "adapter")[0])
     assert found.keys() == expected.keys()
     assert max(np.abs(product).max() for product in found.values()) > 1e-4, "nothing was trained"
     return max(float(np.abs(found[name] - expected[name]).max()) for name in found)
