@@ -85,7 +85,7 @@ class TrainingSettings(Strict):
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: PositiveFloat = 1.0
     gradient_checkpointing: bool = False
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     seed: int = Field(0, ge=0, lt=2**32)
     eval_steps: PositiveInt | None = Field(None, description="evaluate every so many steps; needed for early stopping")
     early_stopping_patience: PositiveInt | None = Field(None, description="stop after so many evaluations without gain")

@@ -72,8 +72,8 @@ def at_rank(pair: Factors, rank: int) -> Factors:
 def squared_norm(pair: Factors) -> float:
     """Squared Frobenius norm of ``scaling * B @ A``, from the two r x r Gram matrices."""
     a, b = pair.A.astype(np.float64), pair.B.astype(np.float64)
-    # Where the product vanishes, rounding leaves either sign.
-    return max(0.0, float(pair.scaling**2 * np.sum((b.T @ b) * (a @ a.T))))
+    # Where the product vanishes, rounding leaves either sign. In this order max keeps a NaN.
+    return max(float(pair.scaling**2 * np.sum((b.T @ b) * (a @ a.T))), 0.0)
 
 
 def effective_rank(singular_values: Array) -> float:

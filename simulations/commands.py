@@ -100,7 +100,7 @@ def _say(text: str) -> None:
 def _tell(record: "RoundRecord") -> None:
     losses = [f"{name} {metrics['train-loss']:.3f}" for name, metrics in record.accepted.items() if "train-loss" in metrics]
     _say(f"round {record.round}: {record.seconds:.1f} s, training loss {', '.join(losses)}")
-    for name, reason in record.refused.items():
+    for name, reason in {**record.refused, **record.evaluation_refused}.items():
         _say(f"round {record.round}: {name} refused: {reason}")
 
 
