@@ -12,7 +12,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from flwr.app import ArrayRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
 
 from client.app import app
@@ -63,7 +63,7 @@ def flower_fedavg(federation: Federation, nodes: tuple[Node, ...], base: Base) -
             tensors = {f"A|{name}": pair.A for name, pair in trained.factors.items()}
             tensors |= {f"B|{name}": pair.scaling * pair.B for name, pair in trained.factors.items()}
             tensors |= {f"D|{name}": tensor for name, tensor in trained.dense.items()}
-            content = RecordDict({"arrays": ArrayRecord(tensors)})
+            content = RecordDict({"arrays": ArrayRecord({key: Array(tensor) for key, tensor in tensors.items()})})
             content["metrics"] = MetricRecord({"num-examples": len(fresh)})
             asked = grid.create_message(RecordDict(), MessageType.TRAIN, len(replies) + 1, str(number))
             replies.append(Message(content, reply_to=asked))

@@ -161,7 +161,10 @@ def _all_too_long(path: Path, plan: Plan) -> str:
 
 def _stretch(plan: Plan, call: Call) -> Stretch:
     steps = plan.training.max_steps
-    return Stretch(done=steps * (call.round - 1), total=steps * call.rounds) if steps else Stretch()
+    if steps is None or call.rounds == 1:
+        return Stretch()
+    climb = round(steps * plan.training.restart_warmup_ratio)
+    return Stretch(done=steps * (call.round - 1), total=steps * call.rounds, climb=climb)
 
 
 def _at_offered_rank(call: Call, node: Node) -> Plan:

@@ -81,6 +81,9 @@ class TrainingSettings(Strict):
     max_steps: PositiveInt | None = Field(None, description="optimizer steps; in a federation, per round")
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     warmup_ratio: float = Field(0.1, ge=0, lt=1)
+    restart_warmup_ratio: float = Field(
+        0.5, ge=0, le=1, description="federations: share of a round's steps over which the rate climbs back"
+    )
     optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "sgd"] = "adamw_torch"
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: PositiveFloat = 1.0

@@ -155,7 +155,9 @@ def _folder(name: str) -> Path:
         if path.is_dir():
             return path
     except OSError as error:
-        raise ModelError(f"{name!r}: {error.strerror}; expected a folder, an installed package, a hub name, or {EMBEDDED!r}") from None
+        raise ModelError(
+            f"{name!r}: {error.strerror}; expected a folder, an installed package, a hub name, or {EMBEDDED!r}"
+        ) from None
     if path.is_absolute() or name.startswith((".", "~")):
         raise ModelError(f"{name!r}: no such folder; expected a folder with config.json and *.safetensors")
     return _in_package(name) or _from_hub(name)
