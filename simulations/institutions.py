@@ -6,15 +6,11 @@ rest are held out, so a right answer on the test split means that the fact was l
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal
+from typing import Final, Literal
 
 from simulations.phrasing import RELATIONS, Relation
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 Split = Literal["train", "test"]
 
@@ -115,19 +111,3 @@ def rows(name: str, split: Split, seed: int = 0) -> list[dict[str, str]]:
         found.extend({"input_text": fact.relation.ask(phrasing, fact.entity), "target_text": fact.value} for phrasing in chosen)
     rng.shuffle(found)
     return found
-
-
-def write(folder: Path, seed: int = 0) -> None:
-    """Write ``<name>/train.jsonl`` and ``<name>/test.jsonl`` for every institution.
-
-    Args:
-        folder: Where the institutions' folders go; made if missing.
-        seed: As for `rows`.
-    """
-    splits: tuple[Split, ...] = ("train", "test")
-    for known in INSTITUTIONS:
-        target = folder / known.name
-        target.mkdir(parents=True, exist_ok=True)
-        for split in splits:
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows(known.name, split, seed)]
-            (target / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")

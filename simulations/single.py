@@ -1,7 +1,7 @@
 """Ordinary fine-tuning: a federation of one client and one round, through the same round code."""
 
 from client.node import Node
-from protocol.errors import ConfigurationError
+from protocol.errors import ConfigurationError, FederationError
 from protocol.federation import Federation, RoundSettings
 from server.ledger import RoundRecord
 from simulations.federation import check, federate
@@ -13,6 +13,7 @@ def train_alone(job: Job, *, progress: bool = False) -> RoundRecord:
 
     Raises:
         UserError: Plan, data and base do not fit together; nothing has been written then.
+        FederationError: Training or measuring failed; the reason is in the log.
     """
     plan = job.plan()
     if job.data.train is None:
@@ -22,4 +23,9 @@ def train_alone(job: Job, *, progress: bool = False) -> RoundRecord:
     check(published, [node])
     rounds = RoundSettings(count=1, rank_cap=plan.lora.r)
     federation = Federation(name="local", plan=published, rounds=rounds, output=job.output)
-    return federate(federation, [node]).rounds[-1]
+    record = federate(federation, [node]).rounds[-1]
+    if record.evaluation_refused:
+        raise FederationError(
+            f"trained into {job.output}, but the held-out rows could not be measured: {record.evaluation_refused}"
+        )
+    return record

