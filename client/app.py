@@ -43,6 +43,7 @@ def train(message: Message, context: Context) -> Message:
         received, node = read_call(message.content), from_context(context)
         name = received.call.federation
         done = node_round.train(received, node, cursor.position(context, name, node.state))
+        log.info("round %d: %s", received.call.round, ", ".join(f"{k} {v:.4g}" for k, v in done.own_metrics.items()))
         records = update_records(done.update, received.call.wire, done.metrics)
         cursor.advance(context, name, done.position, node.state)
         return records

@@ -22,6 +22,8 @@ from strategies.methods import lora
 from strategies.selector import Selection, select
 from strategies.training import Stretch, fit
 
+_TOLD = ("train-loss", "train-steps")
+
 
 @dataclass(frozen=True)
 class Work:
@@ -30,11 +32,13 @@ class Work:
     Attributes:
         update: Goes to the coordinator.
         metrics: Go with it.
+        own_metrics: Everything that was measured; seconds and counts of rows speak of hardware and data and stay here.
         position: Where the next round begins to read.
     """
 
     update: Update
     metrics: dict[str, float]
+    own_metrics: dict[str, float]
     position: int
 
 
@@ -106,7 +110,8 @@ def train(received: Received, node: Node, position: int) -> Work:
         num_examples=len(fresh),
     )
     update = Update(trained.adapter, manifest, _trained_rows(trained.adapter, own, plan))
-    return Work(update, dict(trained.metrics), after)
+    told = {name: value for name, value in trained.metrics.items() if name in _TOLD}
+    return Work(update, told, dict(trained.metrics), after)
 
 
 def evaluate(received: Received, node: Node) -> tuple[dict[str, float], int]:
