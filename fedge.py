@@ -28,7 +28,9 @@ def main() -> None:
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     if not debug:
         calm()
-        logging.getLogger("flwr").addFilter(_without_traceback)
+        flower = logging.getLogger("flwr")
+        flower.setLevel(logging.WARNING)
+        flower.addFilter(_without_traceback)
     try:
         app()
     except FedgeError as error:

@@ -28,10 +28,11 @@ def nodes_in(folder: Path, data: Path) -> tuple[Node, ...]:
     gsm8k = [dict(row) for _, row in read(data / "instruct" / "gsm8k_train.jsonl")]
     alpaca = [dict(row) for _, row in read(data / "instruct" / "alpaca_en_demo.jsonl")]
     test = [dict(row) for _, row in read(data / "probes" / "gsm8k_test.jsonl")]
+    own = alpaca[:-165]  # as many rows for each: centralised training then sees the mixture that the federation sees
     holdings = {
-        "gsm8k-a": (gsm8k[0::2], test[0::4], 32),
-        "gsm8k-b": (gsm8k[1::2], test[1::4], 8),
-        "alpaca": (alpaca[:-165], alpaca[-165:], 16),
+        "gsm8k-a": (gsm8k[: 2 * len(own) : 2], test[0::4], 32),
+        "gsm8k-b": (gsm8k[1 : 2 * len(own) : 2], test[1::4], 8),
+        "alpaca": (own, alpaca[-165:], 16),
     }
     nodes = []
     for name, (train, held_out, rank) in holdings.items():

@@ -28,7 +28,10 @@ def query(message: Message, context: Context) -> Message:
     def work() -> RecordDict:
         from client import round as node_round
 
-        return offer_records(node_round.join(read_call(message.content).call, from_context(context)))
+        call, node = read_call(message.content).call, from_context(context)
+        for reason in node_round.choose(call.plan, node).reasons.values():
+            log.info("this node chose %s", reason)
+        return offer_records(node_round.join(call, node))
 
     return _answer(message, work)
 

@@ -1,7 +1,7 @@
 """Which rows a node has trained on: a position that outlives the round, so that every round gets fresh rows.
 
-It is kept in the node's Flower state, which a restart of the SuperNode loses, and in a file where the node names one.
-It moves only when a round has ended well: a round that failed is trained on the same rows again.
+It is kept in the node's Flower state, which a restart of the SuperNode and a new series of runs lose, and in a file where
+the node names one. It moves when a node has made its update: a round that failed there is trained on the same rows again.
 """
 
 import json
@@ -22,9 +22,8 @@ def position(context: Context, federation: str, file: Path | None) -> int:
         DataError: The file is there and is not a cursor.
     """
     record = context.state.get(_KEY)
-    if isinstance(record, ConfigRecord) and isinstance(found := record.get(federation), int):
-        return found
-    return _read(file).get(federation, 0) if file else 0
+    found = record.get(federation, 0) if isinstance(record, ConfigRecord) else 0
+    return max(found if isinstance(found, int) else 0, _read(file).get(federation, 0) if file else 0)
 
 
 def advance(context: Context, federation: str, to: int, file: Path | None) -> None:

@@ -15,9 +15,10 @@ from protocol.records import Call, Offer, Received
 from protocol.update import Update
 from strategies.base_model import Base, find, load_tokenizer
 from strategies.data.encode import is_usable
-from strategies.data.formats import LabelledText, Row, load
+from strategies.data.formats import LabelledText, Row, load, load_groups
 from strategies.data.splits import hold_out, read_on
 from strategies.evaluation.measure import measure
+from strategies.label_head import last_layer
 from strategies.methods import lora
 from strategies.selector import Selection, select
 from strategies.training import Stretch, fit
@@ -74,7 +75,7 @@ def train(received: Received, node: Node, position: int) -> Work:
     """Trains one round.
 
     Args:
-        received: The coordinator's call and the global adapter at this node's rank.
+        received: The coordinator's call and the whole global adapter; this node trains its leading directions.
         node: This node's settings.
         position: Rows that this node has trained on before.
 
@@ -92,7 +93,7 @@ def train(received: Received, node: Node, position: int) -> Work:
         base,
         fresh,
         held_out_rows(plan, node) if plan.training.eval_steps else (),
-        folder=node.folder / f"round-{call.round:04d}" if node.folder else None,
+        folder=node.folder / call.federation / f"round-{call.round:04d}" if node.folder else None,
         progress=node.progress,
         start=received.adapter if call.round > 1 else None,
         own_labels=own,
@@ -107,7 +108,7 @@ def train(received: Received, node: Node, position: int) -> Work:
         federation=call.federation,
         round=call.round,
         parent=call.digest,
-        num_examples=len(fresh),
+        num_examples=_seen(len(fresh), plan),
     )
     update = Update(trained.adapter, manifest, _trained_rows(trained.adapter, own, plan))
     told = {name: value for name, value in trained.metrics.items() if name in _TOLD}
@@ -132,12 +133,14 @@ def held_out_rows(plan: Plan, node: Node) -> list[Row]:
 
 
 def _split(plan: Plan, node: Node) -> tuple[list[Row], list[Row]]:
-    rows = load(node.train, plan)
     if node.evaluate:
-        return rows, []
-    if len(rows) < 2:
+        return load(node.train, plan), []
+    groups = load_groups(node.train, plan)
+    if len(groups) < 2:
         raise DataError(f"{node.train}: 1 row; holding rows out needs at least 2, or a separate evaluate file")
-    return hold_out(rows, plan.data.evaluate_fraction, plan.training.seed)
+    # Turns of one conversation stay together: the later ones quote the earlier ones.
+    train, held = hold_out(groups, plan.data.evaluate_fraction, plan.training.seed)
+    return [row for group in train for row in group], [row for group in held for row in group]
 
 
 def _counts_steps(plan: Plan, call: Call) -> bool:
@@ -162,6 +165,13 @@ def _fresh(rows: Sequence[Row], plan: Plan, call: Call, base: Base, position: in
 
 def _all_too_long(path: Path, plan: Plan) -> str:
     return f"{path}: no row has any of its answer within {plan.data.max_length} tokens; raise data.max_length"
+
+
+def _seen(rows: int, plan: Plan) -> int:
+    """Rows that a training reads at least once."""
+    settings = plan.training
+    steps = settings.max_steps
+    return min(rows, steps * settings.batch_size * settings.gradient_accumulation_steps) if steps else rows
 
 
 def _stretch(plan: Plan, call: Call) -> Stretch:
@@ -198,4 +208,5 @@ def _trained_rows(adapter: Adapter, own: frozenset[int] | None, plan: Plan) -> d
         return {}
     mask = np.zeros(count, dtype=bool)
     mask[sorted(own)] = True
-    return {name: mask for name, tensor in adapter.dense.items() if tensor.shape[0] == count}
+    shapes = {name: tensor.shape for name, tensor in adapter.dense.items()}
+    return dict.fromkeys(last_layer(shapes, count), mask)

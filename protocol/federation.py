@@ -36,8 +36,3 @@ class Federation(Strict):
         if self.plan.objective == "classification" and self.plan.data.labels is None:
             raise ValueError("plan.data.labels is missing; nodes must agree on every label and its row in the head")
         return self
-
-    def total_steps(self) -> int | None:
-        """Optimizer steps of one node over all rounds, when the plan counts steps."""
-        steps = self.plan.training.max_steps
-        return steps * self.rounds.count if steps else None

@@ -55,7 +55,10 @@ class Ledger:
 
     def keep(self, record: RoundRecord, adapter: Adapter, manifest: Manifest) -> Path:
         """Writes one round; returns its folder."""
-        target = self.folder / "rounds" / f"{record.round:04d}"
+        rounds = self.folder / "rounds"
+        if record.round == 1 and rounds.exists():  # an earlier run's: its rounds must not mix with these
+            rounds.rename(_free(self.folder / "rounds-before"))
+        target = rounds / f"{record.round:04d}"
         for place in (target, self.folder / "adapter"):
             with whole_folder(place) as draft:
                 save_adapter(draft, adapter, manifest, **self._names)
@@ -73,3 +76,10 @@ def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _finite(inner) for key, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _free(path: Path) -> Path:
+    number = 1
+    while (found := path.with_name(f"{path.name}-{number}")).exists():
+        number += 1
+    return found

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED = "tiny"
-_WEIGHTS = ("*.safetensors", "*.bin")
+_HEADS = ("classifier", "score")  # what PEFT trains whole and saves for a classifier
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-# A tokenizer without a template gets this one; it is saved beside the adapter, so that whoever loads it asks the same way.
+# A tokenizer without a template gets this one, at every node alike.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ':\\n' + message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
@@ -33,8 +33,8 @@ class Base:
     Attributes:
         name: As the plan calls it.
         folder: Holds ``config.json``, weights and tokenizer.
-        digest: SHA-256 over the configuration and the weights, 64 hex digits: equal bases have equal digests wherever
-            they were found.
+        digest: SHA-256 over ``config.json`` and every ``*.safetensors``, 64 hex digits: equal files have equal digests
+            wherever they lie.
     """
 
     name: str
@@ -83,12 +83,17 @@ def load(base: Base, plan: Plan) -> "tuple[PreTrainedModel, PreTrainedTokenizerB
         }
     try:
         with _quiet():
-            model = kind.from_pretrained(str(base.folder), **kwargs)
+            model, loading = kind.from_pretrained(str(base.folder), output_loading_info=True, **kwargs)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{base.name!r} cannot be loaded for {plan.objective} at {plan.precision}: {error}") from error
+    new = {name.partition(".")[0] for name in loading["missing_keys"]} - {*_HEADS}
+    if new:
+        raise ModelError(
+            f"{base.name!r} lacks weights of {', '.join(sorted(new))}, which would be drawn at random at every node and never "
+            "travel; use a base that holds them"
+        )
     tokenizer = load_tokenizer(base)
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.pad_token_id = tokenizer.pad_token_id
     for module in model.modules():
         # bitsandbytes would repack nf4 weights for inference on some CPUs: only if d_out is a multiple of 32, and with other
         # rounding than in training. One arithmetic for both, on every CPU.
@@ -198,7 +203,7 @@ def _from_hub(name: str) -> Path:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    return sorted(file for pattern in _WEIGHTS for file in folder.glob(pattern))
+    return sorted(folder.glob("*.safetensors"))
 
 
 def _check_header(file: Path) -> None:

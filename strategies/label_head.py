@@ -6,7 +6,7 @@ the base reads the name of label c, and ``mu`` their mean. Row c starts as ``2 (
 place before anyone has trained it, also at nodes that will never see one of its rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from protocol.errors import ModelError
@@ -47,6 +47,17 @@ def start(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", labels
         layer.weight.copy_(rows)
         if layer.bias is not None:
             layer.bias.copy_(-rows @ centre)
+
+
+def last_layer(shapes: Mapping[str, tuple[int, ...]], rows: int) -> set[str]:
+    """Names of the tensors of a head's last layer: those with a row per label. A head may have hidden layers before it.
+
+    Args:
+        shapes: Shape by tensor name, in the model's order.
+        rows: How many labels.
+    """
+    modules = [name.rpartition(".")[0] for name, shape in shapes.items() if shape and shape[0] == rows]
+    return {name for name, shape in shapes.items() if modules and name.rpartition(".")[0] == modules[-1] and shape[0] == rows}
 
 
 def _last_linear(model: Any, rows: int) -> Any:

@@ -26,7 +26,7 @@ class Tier:
 
 BITS: Mapping[Precision, int] = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "nf4": 4}
 TIERS: Mapping[TierName, Tier] = {
-    "large": Tier(64, None, "a data-centre GPU: room for the base as published"),
+    "large": Tier(1024, None, "a data-centre GPU: room for the plan as published"),
     "medium": Tier(16, None, "a workstation GPU: room for the base, rank kept moderate"),
     "small": Tier(8, "nf4", "a consumer GPU: the base only fits at 4 bits"),
     "micro": Tier(4, "nf4", "a laptop: the base only fits at 4 bits, smallest adapter"),

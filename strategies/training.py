@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from protocol.adapter import Adapter
 from protocol.plan import QUANTISED, Plan
@@ -15,9 +15,6 @@ from strategies.data.formats import Row
 from strategies.methods import lora
 from strategies.objectives import classification, sft
 from strategies.objectives.work import Work
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _OBJECTIVES = {"sft": sft, "classification": classification}
 
@@ -50,12 +47,10 @@ class Trained:
         adapter: Absolute tensors, float32.
         metrics: ``train-loss``, ``train-seconds``, ``train-steps``, ``trainable-parameters``, ``cut-rows``,
             ``dropped-rows`` and, with held-out rows, ``eval-loss`` of the last evaluation.
-        tokenizer: With its chat template, to be saved beside the adapter.
     """
 
     adapter: Adapter
     metrics: Mapping[str, float]
-    tokenizer: "PreTrainedTokenizerBase"
 
 
 def fit(
@@ -77,7 +72,7 @@ def fit(
         base: The frozen base.
         rows: Training rows.
         held_out: Rows for evaluation while training (``plan.training.eval_steps``).
-        start: Adapter to start from, of rank at most the plan's; None for a fresh one.
+        start: Adapter to start from; directions beyond the plan's rank are frozen in place. None for a fresh one.
         own_labels: Classification: the only rows of the head that train; None for all.
         stretch: Where on a longer learning-rate schedule this is.
         folder: Keeps checkpoints and TensorBoard logs; without it nothing is kept.
@@ -85,7 +80,7 @@ def fit(
 
     Raises:
         UserError: The plan, the rows and the base do not fit together.
-        AdapterError: ``start`` is of another base or a larger rank.
+        AdapterError: ``start`` is of another base.
     """
     from transformers import PrinterCallback, set_seed
 
@@ -99,6 +94,7 @@ def fit(
         work = Work(model, tokenizer, plan, train, kept, own_labels, lambda parent: _on_a_stretch(parent, stretch or Stretch()))
         arguments = _arguments(plan, folder or Path(scratch), bool(watch), progress)
         trainer = _OBJECTIVES[plan.objective].trainer(work, **arguments)
+        trainer.args._n_gpu = 1  # noqa: SLF001 - one process, one device; several GPUs go through accelerate's launcher
         _full_precision(model, plan)
         if start is not None:
             lora.load(model, start)
@@ -114,7 +110,7 @@ def fit(
         "cut-rows": float(train.cut),
         "dropped-rows": float(train.dropped),
     }
-    return Trained(lora.extract(model), metrics | ({"eval-loss": history[-1]} if history else {}), tokenizer)
+    return Trained(lora.extract(model), metrics | ({"eval-loss": history[-1]} if history else {}))
 
 
 def _arguments(plan: Plan, folder: Path, watch: bool, progress: bool) -> dict[str, Any]:
@@ -124,9 +120,9 @@ def _arguments(plan: Plan, folder: Path, watch: bool, progress: bool) -> dict[st
     t = plan.training
     gpu = torch.cuda.is_available()
     callbacks: list[Any] = []
-    if t.early_stopping_patience:
+    if t.early_stopping_patience and watch:
         callbacks.append(EarlyStoppingCallback(t.early_stopping_patience))
-    save_steps = t.eval_steps if t.early_stopping_patience else t.save_steps
+    save_steps = t.eval_steps if t.early_stopping_patience and watch else t.save_steps
     return {
         "output_dir": str(folder),
         "callbacks": callbacks,

@@ -73,8 +73,8 @@ class ProductDelta:
 
         Args:
             update: Admitted already: shapes and names are trusted here.
-            start: The adapter that the node was sent, as it arrived there; a module or tensor that it lacks counts as a
-                zero product, or as the node's own untouched start.
+            start: What the node began to train from: the leading directions, at its rank, of the adapter as it arrived
+                there, and its dense tensors. A module that it lacks counts as a zero product, a tensor as untouched.
         """
         weight = update.manifest.num_examples
         self._examples += weight

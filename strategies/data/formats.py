@@ -56,23 +56,28 @@ class _UnusableError(Exception):
 
 
 def load(path: Path, plan: Plan) -> list[Row]:
-    """Reads a file for the plan's objective.
+    """Reads a file for the plan's objective; see ``load_groups``."""
+    return [row for group in load_groups(path, plan) for row in group]
+
+
+def load_groups(path: Path, plan: Plan) -> list[list[Row]]:
+    """Reads a file for the plan's objective: for each of its rows, what there is to learn from it.
 
     Raises:
         DataError: The file cannot be read, or rows lack fields or bear labels that the plan does not list.
     """
     raw = read(path)
-    rows: list[Row] = []
+    groups: list[list[Row]] = []
     problems = []
     labels = labels_of(plan) if plan.objective == "classification" else {}
     for line, fields in raw:
         try:
             _check_text(fields)
-            rows += [_labelled(fields, labels)] if labels else list(_conversations(fields))
+            groups.append([_labelled(fields, labels)] if labels else list(_conversations(fields)))
         except _UnusableError as error:
             problems.append((line, str(error)))
     raise_all(path, problems, len(raw))
-    return rows
+    return groups
 
 
 def labels_of(plan: Plan) -> dict[str, int]:

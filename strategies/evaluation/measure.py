@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from protocol.adapter import Adapter
-from protocol.plan import Plan
+from protocol.plan import QUANTISED, Plan
 from strategies.base_model import Base, load
 from strategies.data.encode import IGNORED, encode
 from strategies.data.formats import Row
@@ -14,8 +14,6 @@ from strategies.methods import lora
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_BATCH = 32
-
 
 def with_adapter(plan: Plan, base: Base, adapter: Adapter | None) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """The base at the plan's precision, with an adapter of any rank, ready for inference.
@@ -23,10 +21,13 @@ def with_adapter(plan: Plan, base: Base, adapter: Adapter | None) -> "tuple[PreT
     Raises:
         AdapterError: The adapter does not fit the base.
     """
+    import torch
     from transformers import set_seed
 
     set_seed(plan.training.seed)  # a head that nobody trained yet is the one that training would start from
     model, tokenizer = load(base, plan)
+    if torch.cuda.is_available() and plan.precision not in QUANTISED:  # a quantised base is there already
+        model.to("cuda")
     if adapter is None or not (adapter.factors or adapter.dense):
         return model, tokenizer
     rank = max(adapter.ranks().values(), default=1) or 1
@@ -45,7 +46,7 @@ def measure(plan: Plan, base: Base, rows: Sequence[Row], adapter: Adapter | None
     """
     model, tokenizer = with_adapter(plan, base, adapter)
     encoded = encode(rows, tokenizer, plan.data.max_length)
-    batches = _batches(encoded.rows, int(tokenizer.pad_token_id or 0), model.device)
+    batches = _batches(encoded.rows, plan.training.batch_size, int(tokenizer.pad_token_id or 0), model.device)
     return _answers(model, batches) if plan.objective == "sft" else _labels(model, batches)
 
 
@@ -89,14 +90,14 @@ def _labels(model: Any, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def _batches(rows: list[dict[str, Any]], pad: int, device: Any) -> Iterator[dict[str, Any]]:
+def _batches(rows: list[dict[str, Any]], size: int, pad: int, device: Any) -> Iterator[dict[str, Any]]:
     """Right-padded batches of rows of like length."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
     order = sorted(rows, key=lambda row: len(row["input_ids"]))
-    for at in range(0, len(order), _BATCH):
-        part = order[at : at + _BATCH]
+    for at in range(0, len(order), size):
+        part = order[at : at + size]
         ids = [torch.tensor(row["input_ids"]) for row in part]
         batch = {
             "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad),

@@ -1,7 +1,7 @@
 """LoRA and QLoRA through PEFT: attach to a base, load an adapter of another rank, take out what was trained."""
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -45,12 +45,13 @@ def attach(model: "PreTrainedModel", plan: Plan) -> "PeftModel":
         target_modules=targets if isinstance(targets, str) else list(targets),
         task_type=TaskType.CAUSAL_LM if plan.objective == "sft" else TaskType.SEQ_CLS,
     )
+    _check_targets(model, targets)
     try:
-        return get_peft_model(model, config)
-    except ValueError:
-        named = ", ".join(targets) if not isinstance(targets, str) else targets
-        linear = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "weight")})
-        raise ModelError(f"lora.target_modules: the base has no {named}; it has {', '.join(linear)}") from None
+        made: PeftModel = get_peft_model(model, config)
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"lora.target_modules: {error}") from None
+    _keep_head_in_fp32(made)
+    return made
 
 
 def load(model: "PeftModel", adapter: Adapter) -> None:
@@ -134,6 +135,29 @@ def _freeze(layer: Any, rest: Factors, like: Any) -> None:
     if handle := getattr(layer, _FROZEN, None):
         handle.remove()
     setattr(layer, _FROZEN, layer.register_forward_hook(_adding(rest, like)) if rest.r else None)
+
+
+def _check_targets(model: "PreTrainedModel", targets: Literal["all-linear"] | tuple[str, ...]) -> None:
+    """PEFT is content when one of the names is found; here each must name a linear layer."""
+    from torch.nn import Embedding
+
+    names = [
+        name
+        for name, module in model.named_modules()
+        if getattr(getattr(module, "weight", None), "ndim", 0) == 2 and not isinstance(module, Embedding)
+    ]
+    wanted = () if isinstance(targets, str) else targets
+    if missing := [t for t in wanted if not any(name == t or name.endswith(f".{t}") for name in names)]:
+        there = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+        raise ModelError(f"lora.target_modules: no linear layer of the base is named {', '.join(missing)}; there are {there}")
+
+
+def _keep_head_in_fp32(model: "PeftModel") -> None:
+    """A head in bfloat16 or float16 would lose small updates; PEFT keeps only the factors in float32."""
+    for name, module in model.named_modules():
+        if name.endswith(_KEPT):
+            module.float()
+            module.register_forward_pre_hook(lambda module, inputs: tuple(tensor.float() for tensor in inputs))
 
 
 def _adding(pair: Factors, like: Any) -> Any:

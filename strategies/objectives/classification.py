@@ -8,6 +8,7 @@ restricting the softmax to a node's own labels leaves the label sets uncalibrate
 
 from typing import TYPE_CHECKING, Any
 
+from strategies.label_head import last_layer
 from strategies.objectives.work import Work
 
 if TYPE_CHECKING:
@@ -21,7 +22,9 @@ def trainer(work: Work, callbacks: list[Any], **arguments: Any) -> "Trainer":
     from datasets import Dataset
     from transformers import DataCollatorWithPadding, TrainingArguments
 
-    made: Trainer = work.trainer_class(_head_trainer(work.plan.head.learning_rate, work.own_labels))(
+    made: Trainer = work.trainer_class(
+        _head_trainer(work.plan.head.learning_rate, work.own_labels, len(work.plan.data.labels or ()))
+    )(
         model=work.model,
         args=TrainingArguments(**arguments),
         train_dataset=Dataset.from_list(work.train.rows),
@@ -33,7 +36,7 @@ def trainer(work: Work, callbacks: list[Any], **arguments: Any) -> "Trainer":
     return made
 
 
-def _head_trainer(rate: float | None, own: frozenset[int] | None) -> Any:
+def _head_trainer(rate: float | None, own: frozenset[int] | None, labels: int) -> Any:
     """A Trainer whose head has its own learning rate and trains only the rows ``own`` (None: all of them)."""
     from transformers import Trainer
 
@@ -42,8 +45,9 @@ def _head_trainer(rate: float | None, own: frozenset[int] | None) -> Any:
             optimizer = super().create_optimizer(model)
             head = {id(p): p for name, p in self.model.named_parameters() if _HEAD in name and p.requires_grad}
             if own is not None:
-                for parameter in head.values():
-                    parameter.register_hook(_only(own, len(parameter)))
+                named = {name: p for name, p in self.model.named_parameters() if id(p) in head}
+                for name in last_layer({name: tuple(p.shape) for name, p in named.items()}, labels):
+                    named[name].register_hook(_only(own, labels))
             for group in list(optimizer.param_groups):
                 of_head = [p for p in group["params"] if id(p) in head]
                 if of_head and (rate or own is not None):

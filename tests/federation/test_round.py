@@ -492,7 +492,7 @@ def test_without_held_out_rows_a_share_of_the_training_rows_never_trains(nodes, 
     train, held = node_round.training_rows(federation.plan, node), node_round.held_out_rows(federation.plan, node)
     assert (len(train), len(held)) == (9, 3)
     assert not set(map(repr, train)) & set(map(repr, held))
-    assert ask(federation, node).update.manifest.num_examples == 9
+    assert ask(federation, node).update.manifest.num_examples == 4  # two steps of two rows
 
 
 def test_an_update_is_of_the_shape_that_the_node_offered(nodes, published):

@@ -146,9 +146,3 @@ def test_a_federation_of_classifiers_must_agree_on_labels():
 def test_round_settings_out_of_range_are_refused_where_they_stand(content, where):
     (line,) = problems(content, Federation)
     assert line.startswith(where)
-
-
-@pytest.mark.parametrize(("steps", "total"), [(None, None), (20, 100)])
-def test_total_steps_are_those_of_all_rounds(steps, total):
-    federation = Federation(plan=Plan(training=TrainingSettings(max_steps=steps)), rounds={"count": 5})
-    assert federation.total_steps() == total
