@@ -12,7 +12,7 @@ from strategies.selector import TierName
 
 
 class Node(Strict):
-    """One node's own settings. None of it leaves the node but ``name``."""
+    """One node's own settings. Of these only ``name`` is sent; an adapter's rank and precision hint at the tier."""
 
     name: Name = Field("node", max_length=80, description="what reports call this node")
     train: Path = Field(description="its training rows")
