@@ -57,7 +57,7 @@ def join(call: Call, node: Node) -> Offer:
     plan, base = choose(call.plan, node).chosen, find(call.plan.base_model)
     modules, dense = lora.shapes(base, plan)
     tokenizer = load_tokenizer(base)
-    for rows, path in ((training_rows(plan, node), node.train), (held_out_rows(plan, node), node.evaluate or node.train)):
+    for rows, path in zip(_split(plan, node), (node.train, node.evaluate or node.train), strict=True):
         if not any(is_usable(row, tokenizer, plan.data.max_length) for row in rows):
             raise DataError(_all_too_long(path, plan))
     return Offer(
@@ -108,7 +108,7 @@ def train(received: Received, node: Node, position: int) -> Work:
         federation=call.federation,
         round=call.round,
         parent=call.digest,
-        num_examples=_seen(len(fresh), plan),
+        num_examples=min(len(fresh), _taken(plan) or len(fresh)),
     )
     update = Update(trained.adapter, manifest, _trained_rows(trained.adapter, own, plan))
     told = {name: value for name, value in trained.metrics.items() if name in _TOLD}
@@ -124,7 +124,7 @@ def evaluate(received: Received, node: Node) -> tuple[dict[str, float], int]:
 
 def training_rows(plan: Plan, node: Node) -> list[Row]:
     """Rows that may train: all of the file, or all but the held-out share."""
-    return _split(plan, node)[0]
+    return load(node.train, plan) if node.evaluate else _split(plan, node)[0]
 
 
 def held_out_rows(plan: Plan, node: Node) -> list[Row]:
@@ -133,8 +133,9 @@ def held_out_rows(plan: Plan, node: Node) -> list[Row]:
 
 
 def _split(plan: Plan, node: Node) -> tuple[list[Row], list[Row]]:
+    """Rows that train and rows that are held out."""
     if node.evaluate:
-        return load(node.train, plan), []
+        return load(node.train, plan), load(node.evaluate, plan)
     groups = load_groups(node.train, plan)
     if len(groups) < 2:
         raise DataError(f"{node.train}: 1 row; holding rows out needs at least 2, or a separate evaluate file")
@@ -150,8 +151,7 @@ def _counts_steps(plan: Plan, call: Call) -> bool:
 
 def _fresh(rows: Sequence[Row], plan: Plan, call: Call, base: Base, position: int) -> tuple[list[Row], int]:
     """As many usable rows as the round's steps can take, read on from ``position``, and where the reading stopped."""
-    settings, tokenizer = plan.training, load_tokenizer(base)
-    wanted = (settings.max_steps or 0) * settings.batch_size * settings.gradient_accumulation_steps
+    settings, tokenizer, wanted = plan.training, load_tokenizer(base), _taken(plan)
     fresh: list[Row] = []
     for read, at in enumerate(read_on(len(rows), position, settings.seed), 1):
         if is_usable(rows[at], tokenizer, plan.data.max_length):
@@ -167,11 +167,10 @@ def _all_too_long(path: Path, plan: Plan) -> str:
     return f"{path}: no row has any of its answer within {plan.data.max_length} tokens; raise data.max_length"
 
 
-def _seen(rows: int, plan: Plan) -> int:
-    """Rows that a training reads at least once."""
+def _taken(plan: Plan) -> int:
+    """Rows that the plan's steps take; 0 where it counts epochs."""
     settings = plan.training
-    steps = settings.max_steps
-    return min(rows, steps * settings.batch_size * settings.gradient_accumulation_steps) if steps else rows
+    return (settings.max_steps or 0) * settings.batch_size * settings.gradient_accumulation_steps
 
 
 def _stretch(plan: Plan, call: Call) -> Stretch:
