@@ -26,7 +26,7 @@ import numpy as np
 
 from client.memory import Memory
 from protocol.adapter import Adapter, Array, Factors
-from protocol.codec import CODED, WireFormat, encode
+from protocol.codec import CODED, WireFormat, encode, pack, unpack
 from protocol.product_space import compress, inner
 from protocol.records import Received, Trains
 from protocol.update import Update
@@ -166,14 +166,8 @@ def _of_a(adapter: Adapter) -> Adapter:
 
 
 def _arrays(adapter: Adapter, when: str) -> dict[str, Array]:
-    tensors = {f"{when} D|{name}": tensor for name, tensor in adapter.dense.items()}
-    for module, pair in adapter.factors.items():
-        tensors |= {f"{when} A|{module}": pair.A, f"{when} B|{module}": pair.B}
-    return tensors
+    return {f"{when} {key}": tensor for key, tensor in pack(adapter, "fp32").items()}
 
 
 def _adapter(arrays: Mapping[str, Array], when: str) -> Adapter:
-    parts = {key.removeprefix(f"{when} "): array for key, array in arrays.items() if key.startswith(f"{when} ")}
-    modules = [key[2:] for key in parts if key.startswith("A|")]
-    dense = {key[2:]: array for key, array in parts.items() if key.startswith("D|")}
-    return Adapter({module: Factors(parts[f"A|{module}"], parts[f"B|{module}"]) for module in modules}, dense)
+    return unpack({key.removeprefix(f"{when} "): array for key, array in arrays.items() if key.startswith(f"{when} ")})

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from protocol.adapter import Array, Factors
+from protocol.adapter import Adapter, Array, Factors
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,19 @@ def split(pair: Factors, rank: int) -> tuple[Factors, Factors]:
         Factors(pair.A[:rank], pair.B[:, :rank], pair.scaling),
         Factors(pair.A[rank:], pair.B[:, rank:], pair.scaling),
     )
+
+
+def trained_part(adapter: Adapter, rank: int, *, fresh: bool) -> Adapter:
+    """What a node of ``rank`` trains of the adapter that it was sent: its leading directions and its dense tensors.
+
+    Args:
+        adapter: As it arrived. The factors returned are views of its own.
+        rank: Directions that train.
+        fresh: A new pair trains instead, from zero; all of the factors are frozen.
+    """
+    if fresh:
+        return Adapter({}, adapter.dense)
+    return Adapter({module: split(pair, rank)[0] for module, pair in adapter.factors.items()}, adapter.dense)
 
 
 def at_rank(pair: Factors, rank: int) -> Factors:

@@ -20,7 +20,7 @@ from protocol.codec import WireFormat, pack, unpack
 from protocol.errors import AdapterError, MessageError, StartMissingError
 from protocol.manifest import MOST_EXAMPLES, Manifest
 from protocol.plan import Method, Plan, Precision
-from protocol.product_space import split
+from protocol.product_space import trained_part
 from protocol.update import Update
 
 PROTOCOL_VERSION = 1
@@ -115,10 +115,7 @@ class Received:
 
     def trained(self) -> Adapter:
         """The part of the adapter that the node trains: what its change is counted from, and coded as a difference to."""
-        if self.call.fresh:
-            return Adapter({}, self.adapter.dense)
-        leading = {module: split(pair, self.call.r)[0] for module, pair in self.adapter.factors.items()}
-        return Adapter(leading, self.adapter.dense)
+        return trained_part(self.adapter, self.call.r, fresh=self.call.fresh)
 
 
 def call_records(call: Call, arrays: Mapping[str, Array] | None = None) -> RecordDict:

@@ -10,7 +10,7 @@ from flwr.serverapp import Grid, ServerApp
 from protocol.configuration import load
 from protocol.errors import ConfigurationError
 from protocol.federation import Federation
-from server.ledger import RoundRecord
+from server.ledger import RoundRecord, place_of
 from server.rounds import run
 
 log = logging.getLogger("flwr")
@@ -26,8 +26,7 @@ def main(grid: Grid, context: Context) -> None:
         log.warning("%s took no part: %s", node, reason)
     log.info("ended: %s", outcome.ended)
     for name, kept in outcome.kept.items():
-        place = federation.output.resolve() / (f"adapters/{name}" if name else "adapter")
-        log.info("global adapter of rank %d in %s", kept.manifest.r, place)
+        log.info("global adapter of rank %d in %s", kept.manifest.r, place_of(federation.output.resolve(), name))
 
 
 def _tell(record: RoundRecord) -> None:

@@ -8,7 +8,7 @@ from flwr.serverapp import Grid
 
 from protocol.errors import StartMissingError
 from protocol.federation import Federation
-from protocol.records import Call, payload_bytes, read_metrics
+from protocol.records import payload_bytes, read_metrics
 from server.exchange import collect
 from server.publishing import Publisher
 from server.track import Track
@@ -37,23 +37,15 @@ def evaluate(
     at = {member.node: (track, member) for track in tracks.values() for member in track.members.values()}
     asked = {node: place for node, place in at.items() if node in connected and place[0].manifest}
     published = {name: publisher.publish(name, track.adapter) for name, track in tracks.items() if track.manifest}
+    calls = {
+        name: track.call(federation, number, published[name].digest, track.manifest.r)
+        for name, track in tracks.items()
+        if track.manifest
+    }
 
     def message(node: int, *, whole: bool = False) -> Message:
         track, _ = asked[node]
-        call = Call(
-            federation=federation.name,
-            round=number,
-            first=track.stretch(number)[0],
-            rounds=track.stretch(number)[1],
-            plan=track.plan(number),
-            adapter=track.root,
-            r=track.manifest.r if track.manifest else 0,
-            personal_b=track.rule.personal_b,
-            manifest=track.manifest,
-            digest=published[track.name].digest,
-            wire=federation.rounds.wire,
-        )
-        records = publisher.records(call, published[track.name], node, whole=whole)
+        records = publisher.records(calls[track.name], published[track.name], node, whole=whole)
         done[track.name].bytes_sent += payload_bytes(records)
         return Message(records, dst_node_id=node, message_type=MessageType.EVALUATE)
 

@@ -12,7 +12,8 @@ from types import TracebackType
 from typing import Self
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from protocol.adapter import Adapter, Array, Factors
 from protocol.manifest import Manifest
@@ -80,12 +81,9 @@ def _write(path: Path, update: Update) -> None:
 
 
 def _read(path: Path) -> Update:
-    from safetensors import safe_open
-
     with safe_open(path, "numpy") as file:
         about = file.metadata()
-    stored = load_file(path)
-    tensors = {key: stored[str(at)] for at, key in enumerate(json.loads(about["keys"]))}
+        tensors = {key: file.get_tensor(str(at)) for at, key in enumerate(json.loads(about["keys"]))}
     modules = [key[2:] for key in tensors if key.startswith("s|")]
     factors = {m: Factors(tensors[f"A|{m}"], tensors[f"B|{m}"], float(tensors[f"s|{m}"][0])) for m in modules}
     dense = {key[2:]: tensor for key, tensor in tensors.items() if key.startswith("D|")}

@@ -125,7 +125,7 @@ class Ledger:
         try:
             with whole_folder(target) as draft:
                 for name, kept in checkpoint.kept.items():
-                    _save(_place(draft, name, single=""), kept)
+                    _save(place_of(draft, name, single=""), kept)
                 state = {"round": checkpoint.round, "adapters": sorted(checkpoint.kept), "state": checkpoint.state}
                 (draft / STATE).write_text(json.dumps(state, allow_nan=False), encoding="utf-8")
                 (draft / ARRAYS).write_bytes(save({name: np.asarray(a, order="C") for name, a in checkpoint.arrays.items()}))
@@ -190,16 +190,13 @@ class Ledger:
 
     def _copy_newest(self, rounds: Path, names: Iterable[str]) -> None:
         for name in names:
-            source = _place(rounds, name, single="")
-            with whole_folder(_place(self.folder, name, single="adapter")) as draft:
-                for file in (WEIGHTS, CONFIG, MANIFEST, ROUND):
-                    shutil.copyfile(source / file, draft / file)
+            _copy(place_of(rounds, name, single=""), place_of(self.folder, name))
 
     def _read(self, folder: Path, damaged: Sequence[str]) -> Checkpoint:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         kept = {}
         for name in state["adapters"]:
-            place = _place(folder, name, single="")
+            place = place_of(folder, name, single="")
             adapter, manifest = read_adapter(place)
             if manifest is None:
                 raise AdapterError(f"{place}: no manifest")
@@ -214,7 +211,15 @@ def _save(folder: Path, kept: Kept) -> None:
     (folder / ROUND).write_text(json.dumps(_finite(asdict(kept.record)), indent=2, allow_nan=False), encoding="utf-8")
 
 
-def _place(folder: Path, name: str, *, single: str) -> Path:
+def _copy(source: Path, target: Path) -> None:
+    """A round's adapter, without what only the coordinator needs."""
+    with whole_folder(target) as draft:
+        for file in (WEIGHTS, CONFIG, MANIFEST, ROUND):
+            shutil.copyfile(source / file, draft / file)
+
+
+def place_of(folder: Path, name: str, *, single: str = "adapter") -> Path:
+    """Where the adapter of a name lies in a federation's folder; ``single`` is the place of the only one, without a name."""
     return folder / "adapters" / name if name else folder / single
 
 
@@ -272,7 +277,7 @@ def export(folder: Path, target: Path, adapter: str = "", number: int | None = N
     there = sorted(path for path in (folder / ROUNDS).glob("[0-9]*") if number is None or int(path.name) == number)
     if not there:
         raise AdapterError(f"{folder / ROUNDS}: no {'round' if number is None else f'round {number}'} is kept here")
-    source = _place(there[-1], adapter, single="")
+    source = place_of(there[-1], adapter, single="")
     if not (source / WEIGHTS).is_file():
         names = sorted(path.name for path in (there[-1] / "adapters").glob("*"))
         said = f"expected one of {', '.join(names)} (--adapter)" if names else "the federation has one adapter, without a name"
@@ -281,9 +286,7 @@ def export(folder: Path, target: Path, adapter: str = "", number: int | None = N
         _check_seal(there[-1])
     except (OSError, ValueError) as error:
         raise AdapterError(f"{there[-1]}: damaged ({error}); export an earlier round") from None
-    with whole_folder(target) as draft:
-        for file in (WEIGHTS, CONFIG, MANIFEST, ROUND):
-            shutil.copyfile(source / file, draft / file)
+    _copy(source, target)
     return int(there[-1].name)
 
 

@@ -106,8 +106,6 @@ class _Coordinator:
         if before:
             self._restore(before)
         self._members.gather()
-        if before is None:
-            self._begin()
         last = max(len(track.plans) for track in self._tracks.values())
         ended = self._reason_to_stop()
         while not ended and self._number < last:
@@ -121,12 +119,6 @@ class _Coordinator:
         return Outcome(dict(self._kept), self._members.offers(), self._records, self._members.left_out, ended)
 
     # Beginning, and going on --------------------------------------------------------------------------------------------
-
-    def _begin(self) -> None:
-        for track in self._tracks.values():
-            if track.members:
-                ranks = tuple(member.offer.r for _, member in sorted(track.members.items()))
-                track.adapter = track.rule.initial(track.reference.modules, ranks, self._federation.rounds.seed)
 
     def _restore(self, found: Checkpoint) -> None:
         self._events.open()
@@ -155,9 +147,11 @@ class _Coordinator:
         trained, connected = self._train()
         for name, done in trained.items():
             track = self._tracks[name]
-            if done.adapter is not None:
-                manifest = described(track, self._number, self._members.base_digest, self._federation.name, done)
-                track.adapter, track.manifest = done.adapter, manifest
+            if done.adapter is not None and done.report is not None:
+                track.manifest = described(  # before the adapter, which it names as its parent
+                    track, self._number, self._members.base_digest, self._federation.name, done.adapter, done.report
+                )
+                track.adapter = done.adapter
         self._standing.note(
             self._number,
             accepted=[name for done in trained.values() for name in done.accepted],
@@ -175,6 +169,7 @@ class _Coordinator:
         rounds = self._federation.rounds
         for attempt in range(rounds.retries + 1):
             connected = self._members.refresh()
+            self._draw_starts()
             trained = self._training.run(self._number, self._tracks, connected)
             if any(done.report for done in trained.values()):
                 return trained, connected
@@ -188,6 +183,13 @@ class _Coordinator:
             self._events.note("no-quorum", self._number, attempt=attempt + 1, reason=problem)
             log.warning("%s", problem)
         raise FederationError(problem)
+
+    def _draw_starts(self) -> None:
+        """What the rule draws for a track that has merged nothing yet: from the members that it has by now."""
+        for track in self._tracks.values():
+            if track.members and not track.manifest:
+                ranks = tuple(member.offer.r for _, member in sorted(track.members.items()))
+                track.adapter = track.rule.initial(track.reference.modules, ranks, self._federation.rounds.seed)
 
     def _evaluate(self, last: int, connected: set[int]) -> dict[str, Measured]:
         every, final = self._federation.rounds.evaluate_every, self._number == last

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from protocol.adapter import Adapter
+from protocol.federation import Federation
 from protocol.manifest import Manifest
 from protocol.plan import Plan
-from protocol.records import Offer
+from protocol.records import Call, Offer, Trains
 from server.aggregation.rule import Rule
 
 TASK_TYPES = {"sft": "CAUSAL_LM", "classification": "SEQ_CLS"}
@@ -67,6 +68,36 @@ class Track:
         while last < len(self.plans) and self.plan(last + 1) is self.plan(number):
             last += 1
         return first, last
+
+    def call(
+        self, federation: Federation, number: int, digest: str, r: int, *, trains: Trains = "both", fresh: bool = False
+    ) -> Call:
+        """What nodes are asked in round ``number`` about this adapter.
+
+        Args:
+            federation: Says how numbers travel.
+            number: Of the round.
+            digest: Of the adapter as it arrives.
+            r: The rank to train.
+            trains: Which factor trains.
+            fresh: All of the adapter is frozen and a new pair trains.
+        """
+        first, last = self.stretch(number)
+        return Call(
+            federation=federation.name,
+            round=number,
+            first=first,
+            rounds=last,
+            plan=self.plan(number),
+            adapter=self.root,
+            r=r,
+            trains=trains,
+            fresh=fresh,
+            personal_b=self.rule.personal_b,
+            manifest=self.manifest,
+            digest=digest,
+            wire=federation.rounds.wire,
+        )
 
     @property
     def reference(self) -> Offer:

@@ -132,22 +132,7 @@ class TrainingRound:
     def _sent(self, track: Track, start: Start, number: int) -> _Sent:
         key = track.name if start.adapter is track.adapter else f"{track.name}/rank-{start.r}"
         published = self._publisher.publish(key, start.adapter)
-        first, last = track.stretch(number)
-        call = Call(
-            federation=self._federation.name,
-            round=number,
-            first=first,
-            rounds=last,
-            plan=track.plan(number),
-            adapter=track.root,
-            r=start.r,
-            trains=start.trains,
-            fresh=start.fresh,
-            personal_b=track.rule.personal_b,
-            manifest=track.manifest,
-            digest=published.digest,
-            wire=self._rounds.wire,
-        )
+        call = track.call(self._federation, number, published.digest, start.r, trains=start.trains, fresh=start.fresh)
         return _Sent(call, published, start.trained(published.adapter))
 
     def _exchange(self, asked: Mapping[int, _Asked], held: Held, done: Mapping[str, Trained]) -> Collected[_Admitted]:
@@ -223,9 +208,8 @@ def _counting(update: Update, num_examples: int) -> Update:
     return replace(update, manifest=update.manifest.model_copy(update={"num_examples": num_examples}))
 
 
-def described(track: Track, number: int, base_digest: str, federation: str, done: Trained) -> Manifest:
+def described(track: Track, number: int, base_digest: str, federation: str, adapter: Adapter, report: MergeReport) -> Manifest:
     """The manifest of a track's next adapter."""
-    adapter = done.adapter or track.adapter
     return Manifest(
         base_digest=base_digest,
         kind="global",
@@ -233,6 +217,6 @@ def described(track: Track, number: int, base_digest: str, federation: str, done
         federation=federation,
         round=number,
         parent=track.adapter.digest(),
-        num_examples=done.report.num_examples if done.report else 0,
+        num_examples=report.num_examples,
         embeddings=track.reference.embeddings,
     )

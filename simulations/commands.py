@@ -47,6 +47,7 @@ def simulate(
     as_json: Json = False,
 ) -> None:
     """Runs a federation in this process; no SuperLink, no Ray."""
+    from server.ledger import place_of
     from simulations.federation import check, compare, federate
     from simulations.scenario import nodes_of, read_scenario
 
@@ -64,7 +65,7 @@ def simulate(
             _show(comparison)
         return
     outcome = federate(federation, nodes, watch=_tell)
-    places = {name: federation.output / (f"adapters/{name}" if name else "adapter") for name in outcome.kept}
+    places = {name: place_of(federation.output, name) for name in outcome.kept}
     if as_json:
         plans = {name: {"method": o.method, "precision": o.precision, "r": o.r} for name, o in outcome.offers.items()}
         told: dict[str, Any] = {"plans": plans, "ended": outcome.ended}

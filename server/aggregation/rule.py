@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
 from protocol.adapter import Adapter, Array
-from protocol.product_space import split
+from protocol.product_space import trained_part
 from protocol.records import Trains
 from protocol.update import Update
 
@@ -53,9 +53,7 @@ class Start:
 
     def trained(self, arrived: Adapter) -> Adapter:
         """The part of the adapter, as it arrived at the node, that the node trains: what its change is counted from."""
-        if self.fresh:
-            return Adapter({}, arrived.dense)
-        return Adapter({module: split(pair, self.r)[0] for module, pair in arrived.factors.items()}, arrived.dense)
+        return trained_part(arrived, self.r, fresh=self.fresh)
 
 
 class Rule(ABC):

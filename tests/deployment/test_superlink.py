@@ -104,7 +104,7 @@ class Terminals:
 
 @pytest.fixture
 def terminals(tmp_path: Path) -> Iterator[Terminals]:
-    names = ("PORT", "BANK_PORT", "CLINIC_PORT")
+    names = ("PORT", "BANK_PORT", "CLINIC_PORT", "THIRD_PORT")
     env = {name: value for name, value in os.environ.items() if name not in ("FLWR_HOME", "http_proxy", "HTTP_PROXY")}
     env |= dict(zip(names, map(str, free_ports(len(names))), strict=True))
     env |= {
@@ -180,6 +180,59 @@ def test_flower_s_own_simulation_trains_the_same_adapter_as_the_in_process_grid(
 
     assert "round 2: merged 2 update(s)" in log, terminals.story()
     assert difference(tmp_path) <= 1e-6
+
+
+@pytest.mark.slow
+def test_a_supernode_that_is_killed_while_it_trains_costs_no_more_than_the_deadline(
+    tmp_path: Path, terminals: Terminals
+) -> None:
+    deadline_seconds = 60
+    commands = blocks()
+    for step in ("2", "3", "6"):
+        terminals.run(commands[step][0])
+    described = tmp_path / "federation.yaml"
+    deadline = f"rounds:\n  timeout_seconds: {deadline_seconds}\n"
+    described.write_text(described.read_text().replace("rounds:\n", deadline))
+    terminals.start("superlink", commands["4"][0])
+    bank, clinic = commands["5"]
+    third = (
+        clinic.replace("clinic/flwr", "third/flwr")
+        .replace("CLINIC_PORT", "THIRD_PORT")
+        .replace('name=\\"clinic', 'name=\\"third')
+    )
+    nodes = {name: terminals.start(name, block) for name, block in (("bank", bank), ("clinic", clinic), ("third", third))}
+    terminals.until_up()
+    run = terminals.start("run", commands["7"][0])
+
+    kill_at_second_message(nodes["clinic"])
+
+    assert run.wait(timeout=300) == 0, terminals.story()
+    first, second = (json.loads((tmp_path / f"result/rounds/000{n}/round.json").read_text()) for n in (1, 2))
+    assert first["silent"] == {"clinic": f"no reply within {deadline_seconds} s"}, terminals.story()
+    assert sorted(first["accepted"]) == ["bank", "third"]
+    assert first["seconds"] < deadline_seconds + 10
+    assert "clinic" not in second["accepted"]
+    assert len(second["accepted"]) == 2
+
+
+def kill_at_second_message(supernode: psutil.Popen) -> None:
+    """Kills a SuperNode and its own once the process of its second message runs: the first asks it to join, then it trains."""
+    seen: set[int] = set()
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        seen |= {one.pid for one in supernode.children(recursive=True) if "clientapp" in " ".join(_command(one))}
+        if len(seen) == 2:
+            for process in (supernode, *supernode.children(recursive=True)):
+                _signal(process, "kill")
+            return
+        time.sleep(0.1)
+    pytest.fail("the SuperNode was not asked twice")
+
+
+def _command(process: psutil.Process) -> list[str]:
+    with suppress(psutil.NoSuchProcess):
+        return process.cmdline()
+    return []
 
 
 def difference(tmp_path: Path) -> float:

@@ -57,8 +57,12 @@ def drawn(call, node, arrived):
     return Update(Adapter(factors, dense), manifest)
 
 
-def make_app(seconds=0.0, answer=drawn):
-    """A ClientApp of drawn nodes, each of which takes so long to train; ``answer(call, node, arrived)`` makes the update."""
+def make_app(seconds=0.0, answer=drawn, adapter_of=lambda node: ""):
+    """A ClientApp of drawn nodes.
+
+    Each takes ``seconds`` to train; ``answer(call, node, arrived)`` makes the update; ``adapter_of(node)`` is the named adapter
+    that it takes part in.
+    """
     app = ClientApp()
     held = {}
 
@@ -71,6 +75,7 @@ def make_app(seconds=0.0, answer=drawn):
     def query(message, context):
         offer = Offer(
             name=f"node-{context.node_id}",
+            adapter=adapter_of(context.node_id),
             base_digest=BASE,
             method="lora",
             precision="fp32",
