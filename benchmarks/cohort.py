@@ -34,6 +34,7 @@ from strategies.base_model import find, load
 from strategies.data.files import read
 from strategies.data.splits import window
 from strategies.methods import lora
+from strategies.methods.registry import shape
 
 # [64, 32, 16, 16, 8, 8, 4, 4, 4, 4] at hidden size 64, where 32 directions are half of all.
 RANKS = (32, 16, 8, 8, 4, 4, 2, 2, 2, 2)
@@ -118,7 +119,7 @@ class Cohort:
         self._plan = Plan(base_model=base.name, lora=settings)
         self._untouched, self._tokenizer = load(base, self._plan)
         self._models: dict[int, Any] = {}
-        self.modules = lora.shapes(base, self._plan)[0]
+        self.modules = shape(base, self._plan).modules
         self._model = copy.deepcopy(self._untouched).requires_grad_(False)
         self._layers = {name: Stacked(self._model.get_submodule(name)) for name in self.modules}
         for name, layer in self._layers.items():

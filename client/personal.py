@@ -5,17 +5,15 @@ before the newest round is kept beside what that round made, so that a coordinat
 the same answer. (One that goes further back than that finds the newest parts before the round that this node did last.)
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from client.memory import Memory
 from protocol.adapter import Adapter, Array, Factors
-from protocol.plan import Plan
 from protocol.product_space import split
 from protocol.records import Call
-from strategies.label_head import of_head
 
 _ROUND = "round"
 Parts = Mapping[str, Array]
@@ -28,31 +26,28 @@ class Personal:
     Attributes:
         name: Under which memory keeps them.
         own_b: Every module's B.
-        own_head: Every tensor of the head.
-        plan: Knows what is head.
+        head: The tensors of the head that is its own; none where the head is everyone's.
     """
 
     name: str
     own_b: bool
-    own_head: bool
-    plan: Plan
+    head: frozenset[str]
 
     @classmethod
-    def of(cls, call: Call) -> "Personal":
-        """What a call and its plan say."""
-        return cls(f"personal/{call.adapter}", call.personal_b, call.plan.head.local, call.plan)
+    def of(cls, call: Call, head: frozenset[str]) -> "Personal":
+        """What a call and its plan say; ``head`` are the tensors of this node's head."""
+        return cls(f"personal/{call.adapter}", call.personal_b, head if call.plan.head.local else frozenset())
 
     def shared(self, adapter: Adapter) -> Adapter:
         """What may leave: with an own B, A as it is and a B of zeros (the rule averages A alone); with an own head, none."""
         factors = dict(adapter.factors)
         if self.own_b:
             factors = {module: Factors(pair.A, np.zeros_like(pair.B)) for module, pair in factors.items()}
-        kept = self._head(adapter.dense)
-        return Adapter(factors, {name: tensor for name, tensor in adapter.dense.items() if name not in kept})
+        return Adapter(factors, {name: tensor for name, tensor in adapter.dense.items() if name not in self.head})
 
     def parts(self, adapter: Adapter) -> dict[str, Array]:
         """What stays, by name; B with its scaling inside, since A is sent without any."""
-        kept = {f"D|{name}": adapter.dense[name] for name in self._head(adapter.dense)}
+        kept = {f"D|{name}": tensor for name, tensor in adapter.dense.items() if name in self.head}
         if self.own_b:
             kept |= {f"B|{module}": pair.B * np.float32(pair.scaling) for module, pair in adapter.factors.items()}
         return kept
@@ -65,7 +60,7 @@ class Personal:
 
     def before(self, memory: Memory, number: int) -> Parts:
         """The parts as they were before round ``number`` was trained; empty before the first."""
-        if number == 1 or not (self.own_b or self.own_head):
+        if number == 1 or not (self.own_b or self.head):
             return {}  # in a first round there is nothing yet, whatever an earlier run of that name has left
         known = memory.read(self.name)
         last = int(known.get(_ROUND, np.zeros(1, np.int64))[0])
@@ -74,13 +69,10 @@ class Personal:
 
     def remember(self, memory: Memory, number: int, before: Parts, trained: Adapter) -> None:
         """Keeps what round ``number`` made of the parts, and what it made it from."""
-        if self.own_b or self.own_head:
+        if self.own_b or self.head:
             both = {"before/": before, "after/": self.parts(trained)}
             arrays = {f"{when}{name}": array for when, parts in both.items() for name, array in parts.items()}
             memory.keep(self.name, {_ROUND: np.array([number], np.int64), **arrays})
-
-    def _head(self, names: Iterable[str]) -> set[str]:
-        return of_head(names, self.plan.lora.modules_to_save) if self.own_head else set()
 
 
 def _with_b(pair: Factors, own: Array | None) -> Factors:

@@ -21,8 +21,8 @@ from strategies.data.encode import is_usable
 from strategies.data.formats import LabelledText, Row, load, load_groups
 from strategies.data.splits import hold_out, read_on
 from strategies.evaluation.measure import measure
-from strategies.label_head import last_layer, of_head
-from strategies.methods import lora
+from strategies.label_head import last_layer
+from strategies.methods import lora, registry
 from strategies.selector import Selection, select
 from strategies.training import Stretch, fit
 
@@ -74,8 +74,8 @@ def join(call: Call, node: Node) -> Offer:
     """
     plan = choose(wish(call, node), node).chosen
     base = find(plan.base_model)
-    modules, dense = lora.shapes(base, plan)
-    own = of_head(dense, plan.lora.modules_to_save) if plan.head.local else set()
+    shape = registry.shape(base, plan)
+    own = shape.head if plan.head.local else frozenset()
     tokenizer = load_tokenizer(base)
     for rows, path in zip(_split(plan, node), (node.train, node.evaluate or node.train), strict=True):
         if not any(is_usable(row, tokenizer, plan.data.max_length) for row in rows):
@@ -87,9 +87,9 @@ def join(call: Call, node: Node) -> Offer:
         method=plan.method,
         precision=plan.precision,
         r=plan.update_rank,
-        modules=modules,
-        embeddings=lora.embeddings(base, plan),
-        dense={name: shape for name, shape in dense.items() if name not in own},
+        modules=dict(shape.modules),
+        embeddings=shape.embeddings,
+        dense={name: size for name, size in shape.dense.items() if name not in own},
     )
 
 
@@ -109,7 +109,7 @@ def train(received: Received, node: Node, memory: Memory) -> Work:
     rows = training_rows(plan, node)
     own = _own_labels(rows, plan)
     taken = _rows_of(call, rows, plan, base)
-    personal = Personal.of(call)
+    personal = Personal.of(call, registry.shape(base, plan).head)
     parts = personal.before(memory, call.round)
     start = personal.joined(received.adapter, parts)
     trained = fit(
@@ -139,7 +139,7 @@ def train(received: Received, node: Node, memory: Memory) -> Work:
         parent=call.digest,
         num_examples=min(len(taken), _taken(plan) or len(taken)),
     )
-    update = Update(shared, manifest, _trained_rows(shared, own, plan))
+    update = Update(shared, manifest, _trained_rows(shared, own, registry.shape(base, plan).head, plan))
     told = {name: value for name, value in trained.metrics.items() if name in _TOLD}
     return Work(update, told, dict(trained.metrics))
 
@@ -149,7 +149,7 @@ def evaluate(received: Received, node: Node, memory: Memory) -> tuple[dict[str, 
     call = received.call
     plan, base = choose(call.plan, node).chosen, _same_base(call)
     rows = held_out_rows(plan, node)
-    personal = Personal.of(call)
+    personal = Personal.of(call, registry.shape(base, plan).head)
     adapter = personal.joined(received.adapter, personal.before(memory, call.round + 1))
     return measure(plan, base, rows, adapter), len(rows)
 
@@ -256,13 +256,11 @@ def _own_labels(rows: Sequence[Row], plan: Plan) -> frozenset[int] | None:
     return own if 0 < len(own) < len(plan.data.labels or ()) else None
 
 
-def _trained_rows(adapter: Adapter, own: frozenset[int] | None, plan: Plan) -> dict[str, Array]:
+def _trained_rows(adapter: Adapter, own: frozenset[int] | None, head: frozenset[str], plan: Plan) -> dict[str, Array]:
     count = len(plan.data.labels or ())
     if own is None:
         return {}
     mask = np.zeros(count, dtype=bool)
     mask[sorted(own)] = True
-    shapes = {
-        name: adapter.dense[name].shape for name in adapter.dense if name in of_head(adapter.dense, plan.lora.modules_to_save)
-    }
+    shapes = {name: tensor.shape for name, tensor in adapter.dense.items() if name in head}
     return dict.fromkeys(last_layer(shapes, count), mask)

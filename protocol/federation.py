@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, StringConstraints, model_validator
 
 from protocol.codec import WireFormat
-from protocol.plan import Name, Plan, Strict
+from protocol.plan import LOW_RANK, Method, Name, Plan, Strict, alike
 
 RuleName = Literal[
     "product-delta",
@@ -125,6 +125,11 @@ class Federation(Strict):
         for number, plan in enumerate(others, 2):
             if (plan.base_model, plan.lora.target_modules) != (first.base_model, first.lora.target_modules):
                 raise ValueError(f"stages: number {number} has another base_model or other target_modules than the first")
+            if plan.method not in alike(first.method):
+                raise ValueError(
+                    f"stages: number {number} has method {plan.method}, whose adapter is of another kind than the first's; "
+                    f"take {' or '.join(alike(first.method))}"
+                )
         return self
 
     @model_validator(mode="after")
@@ -147,6 +152,11 @@ class Federation(Strict):
                 raise ValueError(
                     f"{where}.lora.init_lora_weights: {plan.lora.init_lora_weights} begins with a part of the base, and "
                     f"{chosen.rule} with a start of its own; leave it out, or take rule product-delta"
+                )
+            if plan.method not in LOW_RANK and chosen.rule in (_DRAWN_FACTORS if plan.method in _COMPRESSED else _OF_FACTORS):
+                raise ValueError(
+                    f"{where}.method: {chosen.rule} merges factors that nodes train, and {plan.method} trains none; "
+                    "take rule product-delta"
                 )
             if plan.head.local and chosen.rule in ("flora", "fedex"):
                 raise ValueError(
@@ -195,6 +205,11 @@ _DRAWN: tuple[RuleName, ...] = (
     "trimmed-mean",
     "median",
 )
+# Rules that say how A and B train; the others merge named tensors as well.
+_OF_FACTORS: tuple[RuleName, ...] = ("hetlora", "flexlora", "flora", "ffa", "rolora", "fedex", "fedsa")
+# These send changes of whole weights, compressed to factors, which no start can be drawn for.
+_COMPRESSED: tuple[Method, ...] = ("full", "freezing")
+_DRAWN_FACTORS: tuple[RuleName, ...] = (*_DRAWN, "flora", "flexlora")
 # Which of a rule's own settings belong to which rules; the first is the nearest that can.
 _ONLY_FOR: dict[tuple[str, ...], tuple[RuleName, ...]] = {
     ("beta_1", "beta_2", "tau"): ("fedadam", "fedyogi"),

@@ -7,19 +7,52 @@ names are Hugging Face's; adapter names are PEFT's.
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, StringConstraints, model_validator
 
-Objective = Literal["sft", "classification"]
-Method = Literal["lora", "qlora"]
+Objective = Literal["sft", "pretraining", "classification", "regression", "dpo", "kto", "reward", "rl"]
+Method = Literal[
+    "full",
+    "freezing",
+    "lora",
+    "qlora",
+    "adalora",
+    "ia3",
+    "bitfit",
+    "bottleneck",
+    "prompt-tuning",
+    "prefix-tuning",
+    "p-tuning-v2",
+]
 Precision = Literal["fp32", "bf16", "fp16", "int8", "nf4"]
 LoraStart = Literal["default", "gaussian", "pissa", "pissa_niter_16", "loftq"]
 QUANTISED: tuple[Precision, ...] = ("int8", "nf4")
+# What they change of a module is a product of two factors, of any rank, and nodes of different ranks work together.
+LOW_RANK: tuple[Method, ...] = ("lora", "qlora", "adalora")
+# They train weights of the base itself.
+ON_THE_BASE: tuple[Method, ...] = ("full", "freezing", "bitfit")
+PROMPTS: tuple[Method, ...] = ("prompt-tuning", "prefix-tuning", "p-tuning-v2")
+# A head of its own beside the base, and how PEFT calls the task.
+TASK_TYPES: Mapping[Objective, Literal["CAUSAL_LM", "SEQ_CLS"]] = {
+    "sft": "CAUSAL_LM",
+    "pretraining": "CAUSAL_LM",
+    "classification": "SEQ_CLS",
+    "regression": "SEQ_CLS",
+    "dpo": "CAUSAL_LM",
+    "kto": "CAUSAL_LM",
+    "reward": "SEQ_CLS",
+    "rl": "CAUSAL_LM",
+}
 _TAKEN_FROM_THE_BASE: tuple[LoraStart, ...] = ("pissa", "pissa_niter_16", "loftq")
 Name = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
+
+
+def alike(method: Method) -> tuple[Method, ...]:
+    """The methods whose adapters are of one kind with those of ``method``, so that their nodes work together."""
+    return LOW_RANK if method in LOW_RANK else (method,)
 
 
 class Strict(BaseModel):
@@ -34,6 +67,7 @@ class LoraSettings(Strict):
     r: PositiveInt = Field(16, le=1024, description="rank; with rank_pattern, the largest")
     lora_alpha: PositiveFloat = Field(32.0, description="the change is lora_alpha / r * B @ A")
     use_rslora: bool = Field(False, description="the change is lora_alpha / sqrt(r) * B @ A (Kalajdzievski 2023)")
+    use_dora: bool = Field(False, description="a length of its own for every row of the weight (Liu et al. 2024)")
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: Literal["all-linear"] | tuple[Name, ...] = Field(
         "all-linear", description="module names (linear layers, embeddings), or every linear layer but the head"
@@ -88,6 +122,78 @@ class LoraSettings(Strict):
 
     def _alpha(self, alpha: float, before: int, after: int) -> float:
         return alpha if self.use_rslora else alpha * math.sqrt(after / before)
+
+
+class AdaLoraSettings(Strict):
+    """How AdaLoRA shares its ranks out while it trains (Zhang et al. 2023, arXiv:2303.10512); ``lora`` says the rest."""
+
+    init_r: PositiveInt | None = Field(None, le=1024, description="rank at the beginning; without it 1.5 times lora.r")
+    tinit_ratio: float = Field(0.1, ge=0, lt=1, description="share of the steps before ranks are taken away")
+    tfinal_ratio: float = Field(0.5, ge=0, lt=1, description="share of the steps after the last one is taken away")
+    delta_t: PositiveInt = Field(1, description="steps between two reallocations")
+    orth_reg_weight: PositiveFloat = Field(0.5, description="pull of the factors towards orthogonal rows")
+
+
+class PromptSettings(Strict):
+    """Trained vectors before the text: at the input (prompt-tuning) or at every layer (prefix-tuning, p-tuning-v2)."""
+
+    num_virtual_tokens: PositiveInt = Field(20, le=1024)
+    init_text: Name | None = Field(None, description="prompt-tuning: begins as this text's embeddings; else as drawn tokens'")
+    encoder_hidden_size: PositiveInt | None = Field(
+        None, description="prefix-tuning: inner width of the network that makes the prefix; without it the base's"
+    )
+
+
+class BottleneckSettings(Strict):
+    """Small networks between layers: down, activation, up, added to what passes (Houlsby et al. 2019, Pfeiffer et al. 2021)."""
+
+    reduction_factor: PositiveInt = Field(16, description="width of the base over width inside")
+    placement: Literal["houlsby", "pfeiffer"] = Field("houlsby", description="after attention and MLP, or after the MLP alone")
+    activation: Literal["relu", "gelu", "silu"] = "relu"
+
+
+class FreezingSettings(Strict):
+    """Which layers stay as they are while the others train whole."""
+
+    frozen_share: float = Field(0.7, ge=0, lt=1, description="of the layers; embeddings go with the bottom")
+    order: Literal["bottom-up", "top-down", "alternating"] = Field("bottom-up", description="which are frozen first")
+    train: tuple[Name, ...] = Field((), description="parts of the base that train, by name, in place of a share")
+    thaw_every: PositiveInt | None = Field(None, description="steps after which one more frozen layer begins to train")
+
+
+class BitFitSettings(Strict):
+    """Biases alone train (Ben Zaken et al. 2022, arXiv:2106.10199)."""
+
+    add_missing: bool = Field(False, description="linear layers without a bias get one that begins at zero")
+
+
+class DpoSettings(Strict):
+    """Direct preference optimisation; names as in ``trl.DPOConfig``."""
+
+    beta: PositiveFloat = 0.1
+    loss_type: Literal["sigmoid", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "apo_zero", "apo_down"] = "sigmoid"
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+
+
+class KtoSettings(Strict):
+    """Learning from single answers that were liked or not; names as in ``trl.KTOConfig``."""
+
+    beta: PositiveFloat = 0.1
+    desirable_weight: PositiveFloat = 1.0
+    undesirable_weight: PositiveFloat = 1.0
+
+
+class RlSettings(Strict):
+    """Optimising answers that the model writes itself against a reward; names as in ``trl.GRPOConfig``."""
+
+    algorithm: Literal["grpo", "rloo"] = "grpo"
+    reward_model: Name | None = Field(None, description="a reward adapter's folder, or a sequence classifier with one output")
+    reward_functions: tuple[Name, ...] = Field((), description="module:function, each from prompts and answers to numbers")
+    num_generations: int = Field(4, ge=2, description="answers to each prompt")
+    max_completion_length: PositiveInt = 64
+    temperature: PositiveFloat = 1.0
+    beta: float = Field(0.05, ge=0, description="pull towards the reference: KL divergence's weight")
+    epsilon: PositiveFloat = Field(0.2, description="how far one step may change a token's probability ratio (clipping)")
 
 
 class HeadSettings(Strict):
@@ -162,7 +268,15 @@ class Plan(Strict):
     method: Method = "lora"
     precision: Precision = Field("fp32", description="how the frozen base is held")
     lora: LoraSettings = LoraSettings()
+    adalora: AdaLoraSettings = AdaLoraSettings()
+    prompt: PromptSettings = PromptSettings()
+    bottleneck: BottleneckSettings = BottleneckSettings()
+    freezing: FreezingSettings = FreezingSettings()
+    bitfit: BitFitSettings = BitFitSettings()
     head: HeadSettings = HeadSettings()
+    dpo: DpoSettings = DpoSettings()
+    kto: KtoSettings = KtoSettings()
+    rl: RlSettings = RlSettings()
     dropout: float | None = Field(None, ge=0, lt=1, description="of the base while it trains; without it the base's own")
     data: DataSettings = DataSettings()
     training: TrainingSettings = TrainingSettings()
@@ -178,12 +292,46 @@ class Plan(Strict):
         taken = start in _TAKEN_FROM_THE_BASE and (start != "loftq" or self.precision in QUANTISED)
         return self.lora.r * (2 if taken else 1)
 
+    @property
+    def task_type(self) -> Literal["CAUSAL_LM", "SEQ_CLS"]:
+        """PEFT's name of the task: whether the model answers or scores."""
+        return TASK_TYPES[self.objective]
+
     @model_validator(mode="after")
     def _pairs(self) -> "Plan":
         if self.method == "qlora" and self.precision not in QUANTISED:
             raise ValueError(f"method qlora needs precision nf4 or int8, found {self.precision}; or choose method lora")
         if self.method == "lora" and self.precision in QUANTISED:
             raise ValueError(f"method lora on a {self.precision} base is qlora; write method: qlora")
-        if self.objective != "classification" and self.head != HeadSettings():
-            raise ValueError(f"head is for objective classification, found {self.objective}")
+        if self.method in ON_THE_BASE and self.precision in QUANTISED:
+            raise ValueError(
+                f"method {self.method} trains the base, which {self.precision} weights cannot; choose bf16 or qlora"
+            )
         return self
+
+    @model_validator(mode="after")
+    def _sections_of_what_was_chosen(self) -> "Plan":
+        wrong = [
+            f"{name} is for {kind} {' or '.join(users)}, found {found}"
+            for name, (kind, users) in _USED_BY.items()
+            if (found := getattr(self, kind)) not in users and getattr(self, name) != Plan.model_fields[name].default
+        ]
+        if self.method not in ("lora", "qlora") and (self.lora.init_lora_weights, self.lora.use_dora) != ("default", False):
+            wrong.append(f"lora.init_lora_weights and lora.use_dora are for method lora or qlora, found {self.method}")
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        return self
+
+
+# Sections that only some methods or objectives read: elsewhere they would be wishes that nobody hears.
+_USED_BY: Mapping[str, tuple[Literal["method", "objective"], tuple[str, ...]]] = {
+    "adalora": ("method", ("adalora",)),
+    "prompt": ("method", PROMPTS),
+    "bottleneck": ("method", ("bottleneck",)),
+    "freezing": ("method", ("freezing",)),
+    "bitfit": ("method", ("bitfit",)),
+    "head": ("objective", ("classification",)),
+    "dpo": ("objective", ("dpo",)),
+    "kto": ("objective", ("kto",)),
+    "rl": ("objective", ("rl",)),
+}

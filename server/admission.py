@@ -12,7 +12,7 @@ import numpy as np
 
 from protocol.adapter import Adapter, Array, Factors
 from protocol.errors import MessageError
-from protocol.plan import Method, Precision
+from protocol.plan import Method, Precision, alike
 from protocol.product_space import stack
 from protocol.records import Call, Offer
 from protocol.update import Update
@@ -59,14 +59,16 @@ def check(update: Update, offer: Offer, call: Call, start: Adapter) -> float:
     return math.sqrt(_squared_change(update, call, start))
 
 
-def check_offer(offer: Offer, reference: Offer) -> None:
-    """Holds a node's offer against the federation's: same base, same modules and tensors of the same shapes.
+def check_offer(offer: Offer, reference: Offer, method: Method) -> None:
+    """Holds a node's offer against the federation's: its method, same base, same modules and tensors of the same shapes.
 
     Raises:
         MessageError: The first thing that does not fit.
     """
     if not (offer.name.isprintable() and offer.name.strip()):  # it is shown on terminals and in logs
         raise MessageError(f"name: found {offer.name!r}, expected text that can be printed")
+    if offer.method not in alike(method):
+        raise MessageError(f"method: found {offer.method}, expected {' or '.join(alike(method))}")
     if offer.base_digest != reference.base_digest:
         raise MessageError(
             f"base: found {offer.base_digest[:12]}, expected {reference.base_digest[:12]}; the node holds another base model"
@@ -106,7 +108,8 @@ def _check_manifest(update: Update, offer: Offer, call: Call) -> None:
     if not 1 <= manifest.num_examples <= most:
         raise MessageError(f"num-examples: found {manifest.num_examples}, expected 1 to {most}")
     for what, told, known in (
-        ("method", manifest.method, get_args(Method)),
+        # A node that runs out of memory may go on with a base of fewer bits, and with what goes with it.
+        ("method", manifest.method, alike(offer.method)),
         ("precision", manifest.precision, get_args(Precision)),
     ):
         if told not in known:

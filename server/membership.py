@@ -131,4 +131,4 @@ def _shape(offer: Offer) -> Hashable:
 
 def _check(offer: Offer, track: Track, base_digest: str) -> None:
     reference = track.reference if track.members else offer.model_copy(update={"base_digest": base_digest})
-    check_offer(offer, reference)
+    check_offer(offer, reference, track.plan(1).method)

@@ -25,7 +25,7 @@ from server.ledger import Checkpoint, Kept, Ledger, RoundRecord
 from server.membership import Membership
 from server.publishing import Publisher
 from server.standing import Standing
-from server.track import TASK_TYPES, Track
+from server.track import Track
 from server.training_round import Trained, TrainingRound, described
 
 log = logging.getLogger("flwr")
@@ -221,8 +221,8 @@ class _Coordinator:
             track = self._tracks[name]
             self._traffic_bytes += record.bytes_sent + record.bytes_received
             if track.manifest:
-                task = TASK_TYPES[track.plan(self._number).objective]
-                self._kept[name] = Kept(record, track.adapter, track.manifest, track.plan(self._number).base_model, task)
+                plan = track.plan(self._number)
+                self._kept[name] = Kept(record, track.adapter, track.manifest, plan.base_model, plan.task_type)
         self._seconds += max(record.seconds for record in records.values())
         for name, parts in splits.items():
             self._split(name, parts)

@@ -15,8 +15,6 @@ from protocol.plan import Plan
 from protocol.records import Call, Offer, Trains
 from server.aggregation.rule import Rule
 
-TASK_TYPES = {"sft": "CAUSAL_LM", "classification": "SEQ_CLS"}
-
 
 @dataclass
 class Member:

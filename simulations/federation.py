@@ -17,7 +17,7 @@ from simulations.grid import InProcessGrid
 from strategies.base_model import find
 from strategies.data.formats import Row
 from strategies.evaluation.measure import measure
-from strategies.methods import lora
+from strategies.methods import registry
 from strategies.selector import Selection
 from strategies.training import fit
 
@@ -57,7 +57,7 @@ def check(federation: Federation, nodes: Sequence[Node]) -> None:
     """
     plans = [plans[0] for plans in federation.schedules().values()]
     for plan in plans:
-        lora.shapes(find(plan.base_model), plan)
+        registry.shape(find(plan.base_model), plan)
     for node in nodes:
         join(Call(federation="check", round=0, rounds=1, plan=plans[0], adapters=dict(federation.adapters)), node)
 

@@ -6,7 +6,7 @@ the base reads the name of label c, and ``mu`` their mean. Row c starts as ``2 (
 place before anyone has trained it, also at nodes that will never see one of its rows.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from protocol.errors import ModelError
@@ -61,8 +61,3 @@ def last_layer(shapes: Mapping[str, tuple[int, ...]], rows: int) -> set[str]:
     """
     modules = [name.rpartition(".")[0] for name, shape in shapes.items() if shape and shape[0] == rows]
     return {name for name, shape in shapes.items() if modules and name.rpartition(".")[0] == modules[-1] and shape[0] == rows}
-
-
-def of_head(names: Iterable[str], modules_to_save: Sequence[str]) -> set[str]:
-    """Which of an adapter's dense tensors are a classifier's head: all but those that the plan asks to train whole."""
-    return {name for name in names if not any(f".{module}." in f".{name}" for module in modules_to_save)}

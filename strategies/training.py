@@ -12,7 +12,8 @@ from protocol.plan import QUANTISED, Plan
 from strategies.base_model import Base, load
 from strategies.data.encode import encode
 from strategies.data.formats import Row
-from strategies.methods import lora
+from strategies.methods.method import NOTHING
+from strategies.methods.registry import method_of, shape
 from strategies.objectives import classification, sft
 from strategies.objectives.proximal import proximal
 from strategies.objectives.work import Work
@@ -93,21 +94,30 @@ def fit(
 
     set_seed(plan.training.seed)
     model, tokenizer = load(base, plan)
-    model = lora.attach(model, plan)
+    method = method_of(plan)
+    model = method.attach(model, plan)
     train = encode(rows, tokenizer, plan.data.max_length)
     watch = plan.training.eval_steps and held_out
     kept = encode(held_out, tokenizer, plan.data.max_length) if watch else None
     with tempfile.TemporaryDirectory(prefix="fedge-") as scratch:
         work = Work(
-            model, tokenizer, plan, train, kept, own_labels, lambda parent: _trainer(parent, plan, stretch or Stretch())
+            model,
+            tokenizer,
+            plan,
+            train,
+            kept,
+            dense=method.dense(model),
+            head=shape(base, plan).head,
+            own_labels=own_labels,
+            trainer_class=lambda parent: _trainer(parent, plan, stretch or Stretch()),
         )
         arguments = _arguments(plan, folder or Path(scratch), bool(watch), progress)
         trainer = _OBJECTIVES[plan.objective].trainer(work, **arguments)
         trainer.args._n_gpu = 1  # noqa: SLF001 - one process, one device; several GPUs go through accelerate's launcher
         _full_precision(model, plan)
-        lora.load(model, start, fresh=fresh)
-        taken = {} if start.factors else lora.begin(model, plan, base)
-        lora.train_only(model, trains)
+        method.load(model, start, fresh=fresh)
+        taken = NOTHING if start.factors else method.begin(model, plan, base)
+        method.train_only(model, trains)
         begun = time.perf_counter()
         trainer.remove_callback(PrinterCallback)
         result = trainer.train()
@@ -120,7 +130,7 @@ def fit(
         "cut-rows": float(train.cut),
         "dropped-rows": float(train.dropped),
     }
-    return Trained(lora.extract(model, taken), metrics | ({"eval-loss": history[-1]} if history else {}))
+    return Trained(method.extract(model, taken), metrics | ({"eval-loss": history[-1]} if history else {}))
 
 
 def _arguments(plan: Plan, folder: Path, watch: bool, progress: bool) -> dict[str, Any]:

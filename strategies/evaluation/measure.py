@@ -9,7 +9,7 @@ from protocol.plan import QUANTISED, Plan
 from strategies.base_model import Base, load
 from strategies.data.encode import IGNORED, encode
 from strategies.data.formats import Row
-from strategies.methods import lora
+from strategies.methods.registry import method_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,10 +31,11 @@ def with_adapter(plan: Plan, base: Base, adapter: Adapter | None) -> "tuple[PreT
     if adapter is None or not (adapter.factors or adapter.dense):
         return model, tokenizer
     rank = max(adapter.ranks().values(), default=1) or 1
-    peft_model = lora.attach(model, plan.model_copy(update={"lora": plan.lora.with_rank(rank)}))
-    lora.load(peft_model, adapter)
-    peft_model.eval()
-    return peft_model, tokenizer
+    method = method_of(plan)
+    model = method.attach(model, plan.model_copy(update={"lora": plan.lora.with_rank(rank)}))
+    method.load(model, adapter)
+    model.eval()
+    return model, tokenizer
 
 
 def measure(plan: Plan, base: Base, rows: Sequence[Row], adapter: Adapter | None = None) -> dict[str, float]:
@@ -47,7 +48,7 @@ def measure(plan: Plan, base: Base, rows: Sequence[Row], adapter: Adapter | None
     model, tokenizer = with_adapter(plan, base, adapter)
     encoded = encode(rows, tokenizer, plan.data.max_length)
     batches = _batches(encoded.rows, plan.training.batch_size, int(tokenizer.pad_token_id or 0), model.device)
-    return _answers(model, batches) if plan.objective == "sft" else _labels(model, batches)
+    return _answers(model, batches) if plan.task_type == "CAUSAL_LM" else _labels(model, batches)
 
 
 def _answers(model: Any, batches: Iterator[dict[str, Any]]) -> dict[str, float]:

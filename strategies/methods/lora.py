@@ -5,19 +5,17 @@ as ``(d_in, d_out)`` and an embedding as ``(d_in, d_out)`` with one row per toke
 """
 
 import re
-from collections.abc import Mapping
 from dataclasses import replace
-from functools import lru_cache
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from protocol.adapter import Adapter, Array, Factors
 from protocol.errors import AdapterError, ModelError
-from protocol.plan import QUANTISED, LoraSettings, Objective, Plan
+from protocol.plan import QUANTISED, Plan
 from protocol.product_space import split, stack
-from strategies.base_model import Base, heads, original_weight, skeleton
+from strategies.base_model import Base, heads, original_weight
+from strategies.methods.method import NOTHING, Begun
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -26,8 +24,6 @@ if TYPE_CHECKING:
 _PREFIX = "base_model.model."
 _KEPT = "modules_to_save.default"
 _FROZEN = "fedge_frozen_directions"
-Shapes = tuple[dict[str, tuple[int, int]], dict[str, tuple[int, ...]]]
-_Known = tuple[dict[str, tuple[int, int]], dict[str, tuple[int, ...]], tuple[str, ...]]
 
 
 def attach(model: "PreTrainedModel", plan: Plan) -> "PeftModel":
@@ -57,6 +53,7 @@ def attach(model: "PreTrainedModel", plan: Plan) -> "PeftModel":
         r=settings.r,
         lora_alpha=settings.lora_alpha,
         use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
         lora_dropout=settings.lora_dropout,
         rank_pattern=dict(settings.rank_pattern),
         alpha_pattern=dict(settings.alpha_pattern),
@@ -64,7 +61,7 @@ def attach(model: "PreTrainedModel", plan: Plan) -> "PeftModel":
         target_modules=settings.target_modules if isinstance(settings.target_modules, str) else list(settings.target_modules),
         exclude_modules=_inside(whole),
         modules_to_save=whole or None,
-        task_type=TaskType.CAUSAL_LM if plan.objective == "sft" else TaskType.SEQ_CLS,
+        task_type=TaskType(plan.task_type),
     )
     try:
         made: PeftModel = get_peft_model(model, config)
@@ -74,7 +71,7 @@ def attach(model: "PreTrainedModel", plan: Plan) -> "PeftModel":
     return made
 
 
-def begin(model: "PeftModel", plan: Plan, base: Base) -> dict[str, Factors]:
+def begin(model: "PeftModel", plan: Plan, base: Base) -> Begun:
     """Puts the plan's start into the factors where it is a part of the base, and returns that part: it is no change.
 
     - ``pissa`` (Meng et al. 2024, arXiv:2404.02948, eq. 2 to 4): the leading directions of the weight ``W`` itself. The paper
@@ -155,7 +152,7 @@ def train_only(model: "PeftModel", factor: Literal["both", "A", "B"]) -> None:
             parameter.requires_grad_(factor in ("both", name))
 
 
-def extract(model: "PeftModel", begun: Mapping[str, Factors] = MappingProxyType({})) -> Adapter:
+def extract(model: "PeftModel", begun: Begun = NOTHING) -> Adapter:
     """What was trained, as float32 numpy arrays; the scaling stays beside the factors.
 
     Args:
@@ -185,34 +182,15 @@ def dense(model: "PeftModel") -> dict[str, Any]:
     }
 
 
-def shapes(base: Base, plan: Plan) -> Shapes:
-    """``(d_out, d_in)`` by module and shape by dense tensor, from the configuration alone: no weight is read."""
-    return _known(base, plan)[:2]
+def modules(model: "PeftModel") -> dict[str, tuple[int, int]]:
+    """``(d_out, d_in)`` by adapted module."""
+    pairs = {module: _pair(layer) for module, layer in _layers(model).items()}
+    return {module: (b.shape[0], a.shape[1]) for module, (a, b) in pairs.items()}
 
 
-def embeddings(base: Base, plan: Plan) -> tuple[str, ...]:
+def embeddings(model: "PeftModel") -> tuple[str, ...]:
     """The adapted modules that look their weight up by token."""
-    return _known(base, plan)[2]
-
-
-def _known(base: Base, plan: Plan) -> _Known:
-    found: _Known = _shapes(base, plan.objective, plan.data.labels, plan.lora.target_modules, plan.lora.modules_to_save)
-    return found
-
-
-@lru_cache(maxsize=32)
-def _shapes(base: Base, objective: Objective, labels: tuple[str, ...] | None, targets: Any, saved: tuple[str, ...]) -> _Known:
-    import torch
-
-    empty = skeleton(base, objective, labels)
-    plan = Plan(objective=objective, lora=LoraSettings(r=1, target_modules=targets, modules_to_save=saved))
-    with torch.device("meta"):
-        model = attach(empty, plan)
-    layers = _layers(model)
-    pairs = {module: _pair(layer) for module, layer in layers.items()}
-    modules = {module: (b.shape[0], a.shape[1]) for module, (a, b) in pairs.items()}
-    looked_up = tuple(sorted(module for module, layer in layers.items() if _is_embedding(layer)))
-    return modules, {name: tuple(tensor.shape) for name, tensor in dense(model).items()}, looked_up
+    return tuple(sorted(module for module, layer in _layers(model).items() if _is_embedding(layer)))
 
 
 def _layers(model: "PeftModel") -> dict[str, Any]:

@@ -8,9 +8,7 @@ restricting the softmax to a node's own labels leaves the label sets uncalibrate
 
 from typing import TYPE_CHECKING, Any
 
-from protocol.plan import Plan
-from strategies.label_head import last_layer, of_head
-from strategies.methods import lora
+from strategies.label_head import last_layer
 from strategies.objectives.work import Work
 
 if TYPE_CHECKING:
@@ -22,7 +20,7 @@ def trainer(work: Work, callbacks: list[Any], **arguments: Any) -> "Trainer":
     from datasets import Dataset
     from transformers import DataCollatorWithPadding, TrainingArguments
 
-    made: Trainer = work.trainer_class(_head_trainer(work.plan, work.own_labels))(
+    made: Trainer = work.trainer_class(_head_trainer(work))(
         model=work.model,
         args=TrainingArguments(**arguments),
         train_dataset=Dataset.from_list(work.train.rows),
@@ -34,17 +32,16 @@ def trainer(work: Work, callbacks: list[Any], **arguments: Any) -> "Trainer":
     return made
 
 
-def _head_trainer(plan: Plan, own: frozenset[int] | None) -> Any:
-    """A Trainer whose head has its own learning rate and trains only the rows ``own`` (None: all of them)."""
+def _head_trainer(work: Work) -> Any:
+    """A Trainer whose head has its own learning rate and trains only the rows of this node's labels."""
     from transformers import Trainer
 
-    rate, labels = plan.head.learning_rate, len(plan.data.labels or ())
+    rate, labels, own = work.plan.head.learning_rate, len(work.plan.data.labels or ()), work.own_labels
+    named = {name: work.dense[name] for name in work.head}
 
     class HeadTrainer(Trainer):  # type: ignore[misc]
         def create_optimizer(self, model: Any = None) -> Any:
             optimizer = super().create_optimizer(model)
-            tensors = lora.dense(self.model)
-            named = {name: p for name, p in tensors.items() if name in of_head(tensors, plan.lora.modules_to_save)}
             head = {id(p) for p in named.values()}
             if own is not None:
                 for name in last_layer({name: tuple(p.shape) for name, p in named.items()}, labels):

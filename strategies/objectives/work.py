@@ -1,6 +1,6 @@
 """What an objective needs to make its trainer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,8 @@ class Work:
         plan: What to do.
         train: Encoded rows.
         held_out: The same, for evaluation while training.
+        dense: What trains and is no factor, by the name that adapters give it.
+        head: Which of these are a head of the task's own.
         own_labels: Classification: rows of the head that may train; None for all.
         trainer_class: Makes the trainer class out of the library's (it adds the schedule).
     """
@@ -30,5 +32,7 @@ class Work:
     plan: Plan
     train: Encoded
     held_out: Encoded | None
+    dense: Mapping[str, Any]
+    head: frozenset[str]
     own_labels: frozenset[int] | None
     trainer_class: Callable[[Any], Any]

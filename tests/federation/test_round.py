@@ -23,7 +23,7 @@ from simulations.grid import InProcessGrid
 from strategies.base_model import find
 from strategies.data.formats import load as load_rows
 from strategies.evaluation.measure import measure, with_adapter
-from strategies.methods import lora
+from strategies.methods.registry import shape
 
 CANARY = "Zanzibar-4711"
 LABELS = ["a", "b", "c", "d", "nobody"]
@@ -500,7 +500,7 @@ def test_an_update_is_of_the_shape_that_the_node_offered(nodes, published):
         update = ask(federation, node).update
         assert {name: pair.shape for name, pair in update.adapter.factors.items()} == offer.modules
         assert set(update.adapter.ranks().values()) == {offer.r}
-        assert offer.modules == lora.shapes(find(federation.plan.base_model), federation.plan)[0]
+        assert offer.modules == shape(find(federation.plan.base_model), federation.plan).modules
 
 
 def test_an_adapted_embedding_loads_in_plain_peft(nodes, published, stories):

@@ -21,7 +21,7 @@ from simulations.grid import InProcessGrid
 from strategies.base_model import find
 from strategies.data.splits import window
 from strategies.evaluation.measure import measure
-from strategies.methods import lora
+from strategies.methods.registry import shape
 
 TARGETS = ["q_proj", "down_proj"]
 LABELS = ["a", "b", "c"]
@@ -69,7 +69,7 @@ def asked(plan, number=1, adapter=None, rounds=5, **call):
 def drawn(plan, rank, zero_b=False, seed=0):
     """A global adapter as a server sends it: scaling 1, float32, not ordered."""
     rng = np.random.default_rng(seed)
-    modules = lora.shapes(find("tiny"), plan)[0]
+    modules = shape(find("tiny"), plan).modules
     return Adapter(
         {
             name: Factors(

@@ -86,7 +86,7 @@ def test_lora_on_a_quantised_base_is_refused_and_qlora_is_named(precision):
         ({"lora": {"init_lora_weights": "eva"}}, "lora.init_lora_weights"),
         ({"training": {"proximal_mu": -1}}, "training.proximal_mu"),
         ({"base_model": "  "}, "base_model"),
-        ({"objective": "dpo"}, "objective"),
+        ({"objective": "dpoo"}, "objective"),
         ({"precision": "fp8"}, "precision"),
         ({"data": {"evaluate_fraction": 0}}, "data.evaluate_fraction"),
         ({"data": {"evaluate_fraction": 1}}, "data.evaluate_fraction"),
@@ -194,3 +194,49 @@ def test_a_federation_of_classifiers_must_agree_on_labels():
 def test_round_settings_out_of_range_are_refused_where_they_stand(content, where):
     (line,) = problems(content, Federation)
     assert line.startswith(where)
+
+
+LABELLED = {"objective": "classification", "data": {"labels": ["a", "b"]}}
+
+
+@pytest.mark.parametrize("method", ["full", "freezing", "bitfit", "prompt-tuning", "ia3", "bottleneck"])
+@pytest.mark.parametrize("rule", ["flora", "ffa", "rolora", "fedsa", "hetlora", "flexlora", "fedex"])
+def test_a_rule_about_factors_is_refused_beside_a_method_that_trains_none(method, rule):
+    (line,) = problems({"plan": {"method": method}, "aggregation": {"rule": rule}}, Federation)
+    assert line == f"(whole file): plan.method: {rule} merges factors that nodes train, and {method} trains none; take rule product-delta"
+
+
+@pytest.mark.parametrize("method", ["full", "freezing"])
+def test_a_rule_that_draws_the_start_is_refused_where_whole_weights_train(method):
+    (line,) = problems({"plan": {"method": method}, "aggregation": {"rule": "fedavg"}}, Federation)
+    assert line.startswith("(whole file): plan.method: fedavg")
+    assert parse({"plan": {"method": "bitfit"}, "aggregation": {"rule": "fedavg"}}, Federation, source="x")
+
+
+def test_stages_go_on_from_each_other_only_with_adapters_of_one_kind():
+    stages = [
+        {"name": "a", "rounds": 1, "plan": {"method": m, "precision": p}} for m, p in (("qlora", "nf4"), ("adalora", "fp32"))
+    ]
+    assert parse({"stages": stages}, Federation, source="x")
+    stages[1]["plan"] = {"method": "ia3"}
+    (line,) = problems({"stages": stages}, Federation)
+    assert "take lora or qlora or adalora" in line
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"dpo": {"beta": 0.2}}, "dpo is for objective dpo, found sft"),
+        (
+            {"prompt": {"num_virtual_tokens": 3}},
+            "prompt is for method prompt-tuning or prefix-tuning or p-tuning-v2, found lora",
+        ),
+        ({"method": "ia3", "lora": {"use_dora": True}}, "for method lora or qlora, found ia3"),
+        ({"method": "full", "precision": "nf4"}, "trains the base, which nf4 weights cannot"),
+        (LABELLED | {"freezing": {"frozen_share": 0.5}}, "freezing is for method freezing, found lora"),
+    ],
+    ids=str,
+)
+def test_a_section_that_nobody_would_read_is_refused(content, said):
+    (line,) = problems(content, Plan)
+    assert said in line

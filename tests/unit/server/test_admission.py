@@ -365,12 +365,13 @@ def test_beside_a_frozen_adapter_a_fresh_pair_is_free():
 
 
 def test_the_same_adapter_at_another_rank_method_and_precision_may_join():
-    check_offer(OFFER.model_copy(update={"name": "clinic", "r": 16, "method": "qlora", "precision": "nf4"}), OFFER)
+    check_offer(OFFER.model_copy(update={"name": "clinic", "r": 16, "method": "qlora", "precision": "nf4"}), OFFER, "lora")
 
 
 @pytest.mark.parametrize(
     ("changes", "start", "name"),
     [
+        ({"method": "full"}, "method", "lora"),
         ({"base_digest": "ef" * 32}, "base", "another base model"),
         ({"modules": {Q: (4, 5)}}, "modules", V),
         ({"modules": {Q: (4, 5), V: (3, 5), "more": (1, 1)}}, "modules", "more"),
@@ -384,7 +385,7 @@ def test_the_same_adapter_at_another_rank_method_and_precision_may_join():
 )
 def test_an_offer_of_another_adapter_is_refused_with_the_first_difference(changes, start, name):
     with pytest.raises(MessageError) as caught:
-        check_offer(OFFER.model_copy(update=changes), OFFER)
+        check_offer(OFFER.model_copy(update=changes), OFFER, "lora")
     assert str(caught.value).startswith(start)
     assert name in str(caught.value)
 
@@ -392,9 +393,9 @@ def test_an_offer_of_another_adapter_is_refused_with_the_first_difference(change
 @pytest.mark.parametrize("name", ["", " ", "a\nb", "\x1b[2J", "\u202ebank", "a\0"])
 def test_a_name_that_cannot_be_shown_is_refused_and_shown_in_escapes(name):
     with pytest.raises(MessageError, match=r"name: found .* expected text that can be printed") as caught:
-        check_offer(OFFER.model_copy(update={"name": name}), OFFER)
+        check_offer(OFFER.model_copy(update={"name": name}), OFFER, "lora")
     assert str(caught.value).isprintable()
 
 
 def test_the_order_of_names_in_an_offer_does_not_matter():
-    check_offer(OFFER.model_copy(update={"modules": dict(reversed(OFFER.modules.items()))}), OFFER)
+    check_offer(OFFER.model_copy(update={"modules": dict(reversed(OFFER.modules.items()))}), OFFER, "lora")

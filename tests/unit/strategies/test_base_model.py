@@ -12,6 +12,7 @@ from protocol.errors import ModelError
 from protocol.plan import Plan
 from strategies.base_model import find, load, original_weight
 from strategies.methods import lora
+from strategies.methods.registry import shape
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +144,7 @@ def test_shapes_of_a_model_whose_configuration_is_broken_are_a_model_error(copy,
     (copy / "config.json").write_text(spoilt)
     base = find(str(copy))
     with pytest.raises(ModelError):
-        lora.shapes(base, Plan(base_model=str(copy)))
+        shape(base, Plan(base_model=str(copy)))
 
 
 def test_an_encoder_cannot_be_asked_for_answers(encoder):

@@ -13,6 +13,7 @@ from protocol.plan import Plan
 from protocol.product_space import at_rank
 from strategies.base_model import find, load
 from strategies.methods import lora
+from strategies.methods.registry import shape
 
 TARGETS = ["q_proj", "down_proj"]
 LABELS = ["a", "b", "c"]
@@ -30,6 +31,10 @@ def plan_of(name, r=8, targets=TARGETS, labels=None, **more):
     return Plan.model_validate(content)
 
 
+def tensors_of(known):
+    return known.modules, known.dense
+
+
 def attached(plan):
     import torch
 
@@ -44,7 +49,7 @@ def eight(stories):
 
 @pytest.fixture(scope="module")
 def shapes(stories):
-    return lora.shapes(find(stories), plan_of(stories))[0]
+    return shape(find(stories), plan_of(stories)).modules
 
 
 def random_adapter(shapes, rank, scaling, seed):
@@ -119,7 +124,7 @@ def test_a_loaded_adapter_answers_as_the_same_adapter_in_plain_peft(stories, eig
 
 def test_a_head_that_is_loaded_comes_out_again(stories):
     plan = plan_of(stories, labels=LABELS)
-    modules, dense = lora.shapes(find(stories), plan)
+    modules, dense = tensors_of(shape(find(stories), plan))
     assert dense == {"score.weight": (3, 64)}
     head = np.random.default_rng(0).standard_normal((3, 64)).astype(np.float32)
     adapter = Adapter(random_adapter(modules, 8, 1.5, 1).factors, {"score.weight": head})
@@ -146,13 +151,13 @@ def real_shapes(plan):
 )
 def test_shapes_from_the_configuration_are_those_of_the_real_model(stories, more):
     plan = plan_of(stories, r=3, **more)
-    assert lora.shapes(find(stories), plan) == real_shapes(plan)
+    assert tensors_of(shape(find(stories), plan)) == real_shapes(plan)
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["query", "value"]])
 def test_shapes_of_an_encoder_are_those_of_the_real_model(encoder, targets):
     plan = plan_of(encoder, r=3, targets=targets, labels=LABELS)
-    modules, dense = lora.shapes(find(encoder), plan)
+    modules, dense = tensors_of(shape(find(encoder), plan))
     assert (modules, dense) == real_shapes(plan)
     assert dense == {"classifier.weight": (3, 384), "classifier.bias": (3,)}
 
@@ -162,7 +167,7 @@ def test_shapes_read_no_weight(stories, tmp_path):
         shutil.copyfile(file, tmp_path / file.name)
     base, plan = find(str(tmp_path)), plan_of(stories)
     (tmp_path / "model.safetensors").unlink()
-    assert lora.shapes(base, plan) == lora.shapes(find(stories), plan)
+    assert shape(base, plan) == shape(find(stories), plan)
 
 
 @pytest.mark.parametrize("how", ["attach", "shapes"])
@@ -171,7 +176,7 @@ def test_modules_that_the_base_lacks_are_refused_with_those_that_it_has(stories,
     base = find(stories)
     model = load(base, plan)[0]
     with pytest.raises(ModelError) as caught:
-        lora.attach(model, plan) if how == "attach" else lora.shapes(base, plan)
+        lora.attach(model, plan) if how == "attach" else shape(base, plan)
     for name in ("query", "value", "q_proj", "v_proj", "down_proj", "lora.target_modules"):
         assert name in str(caught.value)
 

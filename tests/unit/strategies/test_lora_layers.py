@@ -13,6 +13,7 @@ from protocol.adapter import Adapter, Factors
 from protocol.errors import ModelError
 from protocol.plan import Plan
 from strategies.methods import lora
+from strategies.methods.registry import shape
 
 LABELS = ["a", "b", "c"]
 VOCABULARY = 40
@@ -259,7 +260,9 @@ def test_every_new_part_of_a_classifier_trains_whole_and_is_sent(kind, dense, pr
     wanted = dense | {"classifier.weight": (3, 16), "classifier.bias": (3,)}
     assert {tensor: value.shape for tensor, value in made.dense.items()} == wanted
     assert not any(module.startswith(("pre_classifier", "pooler", "classifier")) for module in made.factors)
-    assert lora.shapes(find(name), plan) == ({module: pair.shape for module, pair in made.factors.items()}, wanted)
+    found = shape(find(name), plan)
+    assert found.modules == {module: pair.shape for module, pair in made.factors.items()}
+    assert found.dense == wanted
 
 
 def test_a_part_of_the_head_is_no_module_to_save(tmp_path):
@@ -269,7 +272,7 @@ def test_a_part_of_the_head_is_no_module_to_save(tmp_path):
     content = {"base_model": name, "objective": "classification", "data": {"labels": LABELS}}
     plan = Plan.model_validate(content | {"lora": {"modules_to_save": ["classifier"]}})
     with pytest.raises(ModelError, match=r"classifier is of the head, which trains whole anyway"):
-        lora.shapes(find(name), plan)
+        shape(find(name), plan)
 
 
 def test_an_embedding_of_another_shape_is_refused():

@@ -10,6 +10,7 @@ from protocol.plan import Plan
 from strategies.base_model import find, load
 from strategies.data.formats import Conversation
 from strategies.methods import lora
+from strategies.methods.registry import shape
 from strategies.training import fit
 
 ROWS = [Conversation(({"role": "user", "content": f"Which room has number {n}?"},), f"Room {n}.") for n in range(16)]
@@ -167,7 +168,7 @@ def test_a_gaussian_start_is_pefts():
 
 def drawn(plan, rank, seed=0):
     rng = np.random.default_rng(seed)
-    modules = lora.shapes(find("tiny"), plan)[0]
+    modules = shape(find("tiny"), plan).modules
     return Adapter(
         {
             name: Factors(

@@ -1,0 +1,70 @@
+"""What every method of fine-tuning is: how it is attached to a base, started, and taken out again as an adapter."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal, Protocol
+
+from protocol.adapter import Adapter, Factors
+from protocol.plan import Plan
+from strategies.base_model import Base
+
+Begun = Mapping[str, Factors]
+NOTHING: Begun = MappingProxyType({})
+
+
+class Load(Protocol):
+    """Puts an adapter in place: ``load(model, adapter, fresh=...)``."""
+
+    def __call__(self, model: Any, adapter: Adapter, *, fresh: bool = False) -> None:  # noqa: D102
+        ...
+
+
+class Extract(Protocol):
+    """Takes what was trained out: ``extract(model, begun)``."""
+
+    def __call__(self, model: Any, begun: Begun = NOTHING) -> Adapter:  # noqa: D102
+        ...
+
+
+def starts_with_nothing(model: Any, plan: Plan, base: Base) -> Begun:  # noqa: ARG001
+    """The ``begin`` of a method whose start is no part of the base."""
+    return NOTHING
+
+
+def trains_all(model: Any, factor: Literal["both", "A", "B"]) -> None:  # noqa: ARG001
+    """The ``train_only`` of a method without factors. Rules that train one factor are refused beside it at configuration."""
+    if factor != "both":
+        raise ValueError(f"factor {factor}: this method has none")
+
+
+def no_modules(model: Any) -> dict[str, tuple[int, int]]:  # noqa: ARG001
+    """The ``modules`` of a method without factors."""
+    return {}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to fine-tune. What trains is held in float32, whatever the base is held in.
+
+    Attributes:
+        attach: ``attach(model, plan)``: the model with what trains in place, everything else frozen. Right after it the
+            model computes what the base computes. Draws from torch's global generator; works on torch's meta device.
+        load: Puts an adapter of this method in place, to train on from it or to use it. Raises AdapterError where names or
+            shapes do not fit the model.
+        extract: An adapter of absolute tensors, float32 arrays.
+        dense: ``dense(model)``: what trains and is no factor, as parameters by the name that an adapter's ``dense`` gives them.
+        modules: ``modules(model)``: ``(d_out, d_in)`` by module whose change travels as factors.
+        embeddings: Those of them that look their weight up by token.
+        begin: ``begin(model, plan, base)``: starts that are a part of the base; what it returns goes to ``extract``.
+        train_only: Freezes one of the two factors.
+    """
+
+    attach: Callable[[Any, Plan], Any]
+    load: Load
+    extract: Extract
+    dense: Callable[[Any], dict[str, Any]]
+    modules: Callable[[Any], dict[str, tuple[int, int]]] = no_modules
+    embeddings: Callable[[Any], tuple[str, ...]] = lambda model: ()
+    begin: Callable[[Any, Plan, Base], Begun] = starts_with_nothing
+    train_only: Callable[[Any, Literal["both", "A", "B"]], None] = trains_all
