@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from typing import Annotated
 
 import typer
 
@@ -17,6 +18,7 @@ app = typer.Typer(
     help="Federated and on-device fine-tuning of language models.",
     epilog="--debug anywhere shows the traceback of an error.",
     no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -24,6 +26,20 @@ simulations.commands.mount(app)
 strategies.commands.mount(app)
 strategies.planning_commands.mount(app)
 server.commands.mount(app)
+
+
+@app.callback()
+def about(
+    version: Annotated[
+        bool, typer.Option("--version", help="Prints the version: everyone in a consortium has the same.")
+    ] = False,
+) -> None:
+    """Federated and on-device fine-tuning of language models."""
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(installed("fedge"))
+        raise typer.Exit
 
 
 def main() -> None:

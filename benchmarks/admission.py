@@ -213,7 +213,7 @@ def federation(wire: WireFormat, count: int, output: Path) -> Federation:
         {
             "name": "hostile",
             "plan": {"lora": {"r": RANK}, "training": {"max_steps": 2, "batch_size": EXAMPLES // 2}},
-            "rounds": {"count": count, "wire": wire, "evaluate_every": 0, "failures_allowed": 10**6, "timeout_seconds": 60},
+            "rounds": {"count": count, "wire": wire, "evaluate_every": 0, "failures_allowed": 10**5, "timeout_seconds": 60},
             "aggregation": {"rank_cap": 2 * RANK},
             "output": output,
         }

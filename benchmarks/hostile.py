@@ -237,6 +237,22 @@ def _outliers() -> Iterator[Case]:
             yield Case("scaled", f"{module} {times:+g} times", reason, _tensor(f"B|{module}", _times(times)))
     for key in ("D|score.weight", "D|score.bias"):
         yield Case("scaled", f"{key} at 5000", r"norm of the change", _tensor(key, _filled(5e3)))
+    for size, reason in ((20.0, r"size of the directions apart: found .*expected at most .*median"), (5e3, r"at most 10000")):
+        # A direction and its negative beside what the node trained: the product, and its change, are an honest node's.
+        cancelling = _both(_tensor(f"A|{Q}", _paired(size, 1)), _tensor(f"B|{Q}", _paired(size, -1)))
+        yield Case("cancelling", f"directions of entries of {size:g}", reason, cancelling)
+
+
+def _paired(size: float, sign: int) -> Callable[[Array], Array]:
+    """The last two directions replaced by one of this size in every entry, and by ``sign`` times the same."""
+
+    def change(tensor: Array) -> Array:
+        made = tensor.copy()
+        directions = made if len(made) == RANK else made.T
+        directions[-2:] = [[size], [sign * size]]
+        return made
+
+    return change
 
 
 # Shapes, names, types -------------------------------------------------------------------------------------------------------
@@ -554,6 +570,7 @@ def _manifests() -> Iterator[Case]:
             r"Manifest: format_version",
             _manifest(format_version=value),
         )
+    yield Case("wrong kind", "embeddings", r"embeddings: found 1000 other modules", _manifest(embeddings=["x"] * 1000))
     for field in ("method", "precision"):
         for value in ("full", LONG, "\x1b[2J"):
             yield Case(
@@ -662,6 +679,7 @@ def _texts() -> Iterator[Case]:
         "a byte-order mark": lambda text: "\ufeff" + text,
         "YAML": lambda text: "base_digest: x",
         "ten megabytes": lambda text: '{"a":"' + "x" * 10_000_000 + '"}',
+        "a hundred thousand entries": lambda text: text[:-1] + ',"embeddings":[' + "0," * 100_000 + "0]}",
         "an unknown key": lambda text: text[:-1] + ',"trust":true}',
         "a megabyte of key": lambda text: text[:-1] + f',"{LONG}":1}}',
         "bytes": lambda text: text.encode(),

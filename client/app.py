@@ -33,7 +33,8 @@ def query(message: Message, context: Context) -> Message:
         call, node = read_asked(message.content), from_context(context)
         for reason in node_round.choose(node_round.wish(call, node), node).reasons.values():
             log.info("this node chose %s", reason)
-        return offer_records(node_round.join(call, node))
+        memory = None if node.trial is False else Memory(context.state, call.federation, node.state)
+        return offer_records(node_round.join(call, node, memory))
 
     return _answer(message, work)
 

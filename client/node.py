@@ -8,7 +8,10 @@ from pydantic import Field, PositiveInt
 from protocol.configuration import parse, read_yaml
 from protocol.errors import ConfigurationError
 from protocol.plan import Name, Strict
-from strategies.selector import TierName
+from strategies.hardware import Hardware, override, probe
+from strategies.narrowing import TierName
+
+_PATHS = ("train", "evaluate", "state", "folder", "whole_model")
 
 
 class Node(Strict):
@@ -20,9 +23,31 @@ class Node(Strict):
     evaluate: Path | None = Field(None, description="held-out rows; without it a share of the training rows is held out")
     tier: TierName = Field("large", description="class of its hardware")
     max_rank: PositiveInt | None = Field(None, description="the institution's own limit on the rank")
+    profile: Name | None = Field(None, description="a named machine to choose for, in place of this one: simulations")
+    gpu_memory: Name | None = Field(None, description="memory of its GPU to choose for, such as 24GB, in place of what is here")
+    trial: bool | None = Field(None, description="take one real step before joining; yes, but not in simulations")
+    reward_functions: Name | None = Field(
+        None, description="functions of this machine that a plan may call for rewards: module:function, with commas between"
+    )
     state: Path | None = Field(None, description="folder for what it remembers from round to round and never sends")
     folder: Path | None = Field(None, description="keeps checkpoints and TensorBoard logs of each round")
+    whole_model: Path | None = Field(
+        None, description="folder for the whole model that full fine-tuning or freezing made in its last round"
+    )
     progress: bool = Field(False, description="show progress bars")
+
+    @property
+    def described(self) -> bool:
+        """It chooses for another machine than this one."""
+        return self.profile is not None or self.gpu_memory is not None
+
+    def hardware(self) -> Hardware:
+        """The machine that it chooses for: this one, or the one that it says. Nothing of it is sent.
+
+        Raises:
+            ConfigurationError: There is no such machine.
+        """
+        return override(probe(), profile=self.profile, gpu_memory=self.gpu_memory)
 
 
 class Nodes(Strict):
@@ -63,8 +88,5 @@ def beside(path: Path, nodes: tuple[Node, ...]) -> tuple[Node, ...]:
     """The nodes with relative paths taken from the folder of the file that names them."""
     folder = path.resolve().parent
     return tuple(
-        node.model_copy(
-            update={name: folder / value for name in ("train", "evaluate", "state", "folder") if (value := getattr(node, name))}
-        )
-        for node in nodes
+        node.model_copy(update={name: folder / value for name in _PATHS if (value := getattr(node, name))}) for node in nodes
     )

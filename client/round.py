@@ -1,32 +1,41 @@
 """One round at a node: choose a plan, load, put the global adapter in, train on fresh rows, make the update."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from client.ladder import Ladder
 from client.memory import Memory
 from client.node import Node
 from client.personal import Personal
 from protocol.adapter import Adapter, Array
-from protocol.errors import BaseMismatchError, ConfigurationError, DataError
+from protocol.errors import BaseMismatchError, ConfigurationError, DataError, ModelError
 from protocol.manifest import Manifest
 from protocol.plan import Plan
 from protocol.product_space import split
 from protocol.records import Call, Offer, Received
 from protocol.update import Update
+from strategies import architecture
 from strategies.base_model import Base, find, load_tokenizer
-from strategies.data.encode import is_usable
+from strategies.calibration import read_calibration
+from strategies.data.encode import encode, is_usable
 from strategies.data.formats import LabelledText, Row, load, load_groups
-from strategies.data.splits import hold_out, read_on
+from strategies.data.splits import hold_out, read_on, window
 from strategies.evaluation.measure import measure
 from strategies.label_head import last_layer
 from strategies.methods import lora, registry
-from strategies.selector import Selection, select
-from strategies.training import Stretch, fit
+from strategies.narrowing import Narrowed, fitted, narrow
+from strategies.training import Stretch, Trained, fit
 
-_TOLD = ("train-loss", "train-steps")
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_SAMPLED = 64
+_TOLD = ("train-loss", "train-steps", "energy-kept", "weights-moved")
 
 
 @dataclass(frozen=True)
@@ -44,9 +53,33 @@ class Work:
     own_metrics: dict[str, float]
 
 
-def choose(wish: Plan, node: Node) -> Selection:
-    """The plan that this node carries out, with its reasons; the reasons stay here."""
-    return select(wish, node.tier, node.max_rank)
+def choose(wish: Plan, node: Node) -> Narrowed:
+    """The plan that this node carries out, with its reasons; the reasons stay here.
+
+    Raises:
+        HardwareError: Nothing fits this machine's memory.
+        ConfigurationError: The plan calls functions that the node does not list.
+    """
+    _check_called(wish, node)
+    narrowed = narrow(wish, node.tier, node.max_rank)
+    try:
+        known = architecture.read(find(wish.base_model).folder)
+        return fitted(narrowed, known, node.hardware(), None if node.described else read_calibration())
+    except ModelError as error:  # no estimate for such a base or target: the first step shows whether it fits
+        return Narrowed(narrowed.chosen, {**narrowed.reasons, "memory": f"not estimated: {error}"})
+
+
+def _check_called(wish: Plan, node: Node) -> None:
+    """A plan comes from outside: of the functions on this machine it may name only those that the node allows."""
+    allowed = {name.strip() for name in (node.reward_functions or "").split(",")}
+    if unknown := [name for name in wish.rl.reward_functions if name not in allowed]:
+        raise ConfigurationError(
+            "node config",
+            [
+                f"reward_functions: the plan's rl.reward_functions names {', '.join(unknown)}, which it does not list; "
+                "add what may be called here"
+            ],
+        )
 
 
 def wish(call: Call, node: Node) -> Plan:
@@ -66,11 +99,17 @@ def wish(call: Call, node: Node) -> Plan:
     raise ConfigurationError("node config", [f"adapter: {found}; in federation {call.federation} {there}"])
 
 
-def join(call: Call, node: Node) -> Offer:
+def join(call: Call, node: Node, memory: Memory | None = None) -> Offer:
     """Looks at plan, data and base, and says which adapter this node can train.
 
+    Args:
+        call: The coordinator's.
+        node: This node's settings.
+        memory: Where it is given, one real step shows whether the plan fits, and what was found is kept there.
+
     Raises:
-        UserError: The base or the data is not there or does not fit the plan, or the node's adapter is not there.
+        UserError: The base or the data is not there or does not fit the plan or the machine, or the node's adapter is not
+            there.
     """
     plan = choose(wish(call, node), node).chosen
     base = find(plan.base_model)
@@ -78,8 +117,10 @@ def join(call: Call, node: Node) -> Offer:
     own = shape.head if plan.head.local else frozenset()
     tokenizer = load_tokenizer(base)
     for rows, path in zip(_split(plan, node), (node.train, node.evaluate or node.train), strict=True):
-        if not any(is_usable(row, tokenizer, plan.data.max_length) for row in rows):
+        if not any(is_usable(row, tokenizer, plan.data.max_length, plan.objective) for row in rows):
             raise DataError(_all_too_long(path, plan))
+    if memory is not None:
+        plan = _tried(call, plan, base, node, memory)
     return Offer(
         name=node.name,
         adapter=node.adapter or "",
@@ -112,20 +153,25 @@ def train(received: Received, node: Node, memory: Memory) -> Work:
     personal = Personal.of(call, registry.shape(base, plan).head)
     parts = personal.before(memory, call.round)
     start = personal.joined(received.adapter, parts)
-    trained = fit(
-        # A new seed each round, or directions that a small rank leaves free would start from the same draw for ever.
-        plan.model_copy(update={"training": plan.training.model_copy(update={"seed": plan.training.seed + call.round - 1})}),
-        base,
-        taken,
-        held_out_rows(plan, node) if plan.training.eval_steps else (),
-        folder=node.folder / call.federation / f"round-{call.round:04d}" if node.folder else None,
-        progress=node.progress,
-        start=start,
-        fresh=call.fresh,
-        trains=call.trains,
-        own_labels=own,
-        stretch=_stretch(plan, call),
-    )
+
+    def attempt(plan: Plan) -> Trained:
+        return fit(
+            _of_round(plan, call.round),
+            base,
+            taken,
+            held_out_rows(plan, node) if plan.training.eval_steps else (),
+            folder=node.folder / call.federation / f"round-{call.round:04d}" if node.folder else None,
+            whole=node.whole_model,
+            progress=node.progress,
+            start=start,
+            reference=received.reference,
+            fresh=call.fresh,
+            trains=call.trains,
+            own_labels=own,
+            stretch=_stretch(plan, call),
+        )
+
+    trained, plan = Ladder.of(call, plan, node, memory, _usable(rows, base, plan)).train(attempt)
     personal.remember(memory, call.round, parts, trained.adapter)
     shared = personal.shared(trained.adapter if call.fresh else _with_what_stayed(trained.adapter, start, call.r))
     manifest = Manifest(
@@ -144,6 +190,21 @@ def train(received: Received, node: Node, memory: Memory) -> Work:
     return Work(update, told, dict(trained.metrics))
 
 
+def _tried(call: Call, plan: Plan, base: Base, node: Node, memory: Memory) -> Plan:
+    """The plan with which one real step, on the longest rows that a batch can be made of, did not run out of memory."""
+    rows, tokenizer = training_rows(plan, node), load_tokenizer(base)
+
+    def attempt(plan: Plan) -> Trained:
+        one = plan.training.model_copy(
+            update={"max_steps": 1, "gradient_accumulation_steps": 1, "eval_steps": None, "early_stopping_patience": None}
+        )
+        longest = sorted(rows, key=lambda row: len(repr(row)), reverse=True)
+        usable = (row for row in longest if is_usable(row, tokenizer, plan.data.max_length, plan.objective))
+        return fit(plan.model_copy(update={"training": one}), base, list(islice(usable, plan.training.batch_size)))
+
+    return Ladder.of(call, plan, node, memory, _usable(rows, base, plan)).train(attempt)[1]
+
+
 def evaluate(received: Received, node: Node, memory: Memory) -> tuple[dict[str, float], int]:
     """Measures the global adapter, with this node's own parts, on its held-out rows; returns metrics and how many rows."""
     call = received.call
@@ -151,7 +212,7 @@ def evaluate(received: Received, node: Node, memory: Memory) -> tuple[dict[str, 
     rows = held_out_rows(plan, node)
     personal = Personal.of(call, registry.shape(base, plan).head)
     adapter = personal.joined(received.adapter, personal.before(memory, call.round + 1))
-    return measure(plan, base, rows, adapter), len(rows)
+    return measure(plan, base, rows, adapter, received.reference), len(rows)
 
 
 def training_rows(plan: Plan, node: Node) -> list[Row]:
@@ -189,10 +250,11 @@ def _rows_of(call: Call, rows: Sequence[Row], plan: Plan, base: Base) -> list[Ro
     """
     if not _counts_steps(plan, call):
         return list(rows)
-    tokenizer, wanted = load_tokenizer(base), _taken(plan)
+    tokenizer = load_tokenizer(base)
+    wanted = _texts(plan, rows, tokenizer) if plan.objective == "pretraining" else _taken(plan)
     found: list[Row] = []
     for read, at in enumerate(read_on(len(rows), (call.round - 1) * wanted, plan.training.seed), 1):
-        if is_usable(rows[at], tokenizer, plan.data.max_length):
+        if is_usable(rows[at], tokenizer, plan.data.max_length, plan.objective):
             found.append(rows[at])
         if len(found) == wanted:
             return found
@@ -202,13 +264,32 @@ def _rows_of(call: Call, rows: Sequence[Row], plan: Plan, base: Base) -> list[Ro
 
 
 def _all_too_long(path: Path, plan: Plan) -> str:
-    return f"{path}: no row has any of its answer within {plan.data.max_length} tokens; raise data.max_length"
+    return f"{path}: no row has anything to learn from within {plan.data.max_length} tokens; raise data.max_length"
 
 
 def _taken(plan: Plan) -> int:
-    """Rows that the plan's steps take; 0 where it counts epochs."""
+    """Rows that the plan's steps take; 0 where it counts epochs. Of several answers to one prompt each counts in a batch."""
     settings = plan.training
-    return (settings.max_steps or 0) * settings.batch_size * settings.gradient_accumulation_steps
+    answers = plan.rl.num_generations if plan.objective == "rl" else 1
+    return (settings.max_steps or 0) * settings.batch_size * settings.gradient_accumulation_steps // answers
+
+
+def _texts(plan: Plan, rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Texts that fill as many blocks as the plan's steps take, at the mean length of some: the same in every round."""
+    some = [rows[at] for at in window(len(rows), 0, min(len(rows), _SAMPLED), plan.training.seed)]
+    tokens = sum(len(row["input_ids"]) for row in encode(some, tokenizer, plan.data.max_length, plan.objective).rows)
+    return max(1, round(_taken(plan) * plan.data.max_length * len(some) / tokens))
+
+
+def _usable(rows: Sequence[Row], base: Base, plan: Plan) -> Callable[[int], bool]:
+    """Whether half of the rows leave something to learn within so many tokens."""
+    looked, tokenizer = rows[:200], load_tokenizer(base)
+    return lambda tokens: 2 * sum(is_usable(row, tokenizer, tokens, plan.objective) for row in looked) >= len(looked)
+
+
+def _of_round(plan: Plan, number: int) -> Plan:
+    """A new seed each round, or directions that a small rank leaves free would start from the same draw for ever."""
+    return plan.model_copy(update={"training": plan.training.model_copy(update={"seed": plan.training.seed + number - 1})})
 
 
 def _stretch(plan: Plan, call: Call) -> Stretch:
@@ -222,9 +303,9 @@ def _stretch(plan: Plan, call: Call) -> Stretch:
 def _at_asked_rank(received: Received, node: Node) -> Plan:
     """The node's plan, with so small a rank that its update has no more than the call's."""
     call, plan = received.call, choose(received.call.plan, node).chosen
-    # What begins with a part of the base needs room to take it away again; what is sent a start does not.
-    room = 1 if received.adapter.factors else plan.update_rank // plan.lora.r
-    rank = max(1, min(plan.lora.r, call.r // room))
+    # What begins with a part of the base needs room to take it away again; what is sent a start does not. AdaLoRA always does.
+    room = 1 if received.adapter.factors and plan.method != "adalora" else plan.update_rank / plan.lora.r
+    rank = max(1, min(plan.lora.r, int(call.r / room)))
     return plan if rank == plan.lora.r else plan.model_copy(update={"lora": plan.lora.with_rank(rank)})
 
 

@@ -61,6 +61,9 @@ LEVELS["top-k"] = LEVELS["int8"]
 _LARGEST_SCALE = float(np.uint32(0x7F7F0000).view(np.float32))  # the largest bfloat16
 _PLAIN: dict[WireFormat, type[np.floating]] = {"fp32": np.float32, "fp16": np.float16}
 _DTYPES = {"Q|layout": "uint8", "Q|codes": "uint8", "Q|scales": "uint16", "Q|marks": "uint8"}
+# JSON that a node sent becomes up to a kilobyte of objects per entry, and all entries but a list's first have a comma. A layout
+# has five of them per module, so this is for 13,000 modules; a base of 70 billion weights has 560, with names of 40 letters.
+MOST_ENTRIES, LONGEST_TEXT = 2**16, 2**22
 _Size = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -210,6 +213,11 @@ def _checked(key: str, tensor: Array) -> Array:
     return tensor
 
 
+def is_too_much(text: bytes) -> bool:
+    """Whether JSON from outside is so long, or has so many entries, that it must not be parsed."""
+    return len(text) > LONGEST_TEXT or text.count(b",") > MOST_ENTRIES
+
+
 # Coded formats --------------------------------------------------------------------------------------------------------
 
 
@@ -272,10 +280,13 @@ def _read_layout(tensors: Mapping[str, Array]) -> _Layout:
             raise AdapterError(f"{key}: found {tensor.dtype} of {tensor.ndim} axes, expected {_DTYPES[key]} of 1")
     if "Q|layout" not in tensors:
         raise AdapterError("Q|layout is missing; without it codes mean nothing")
+    text = tensors["Q|layout"].tobytes()
+    if is_too_much(text):
+        raise AdapterError(f"Q|layout: found {len(text)} bytes, expected at most {LONGEST_TEXT} and {MOST_ENTRIES} commas")
     try:
-        layout = _Layout.model_validate_json(tensors["Q|layout"].tobytes())
+        layout = _Layout.model_validate_json(text)
     except ValidationError as error:
-        where = ".".join(str(part) for part in error.errors()[0]["loc"]) or "JSON"
+        where = ".".join(str(part) for part in error.errors(include_url=False, include_input=False)[0]["loc"]) or "JSON"
         raise AdapterError(f"Q|layout: not a layout ({where[:80]})") from None
     wanted = _DTYPES.keys() - (set() if layout.wire == "top-k" else {"Q|marks"})
     if odd := wanted ^ tensors.keys():

@@ -1,5 +1,6 @@
 """From a YAML file to a checked model: every problem at once, with the key that was probably meant."""
 
+import copy
 import difflib
 import re
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from protocol.errors import ConfigurationError
+from protocol.errors import ConfigurationError, shown
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -36,10 +37,18 @@ def read_yaml(path: Path) -> Any:
         raise ConfigurationError(str(path), [f"not readable as UTF-8 text ({type(error).__name__})"]) from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 0
-        raise ConfigurationError(str(path), [f"line {line}: broken YAML: {error.problem}"]) from None
+        raise ConfigurationError(str(path), [f"line {line}: broken YAML: {shown(str(error.problem))}"]) from None
     except Exception as error:  # noqa: BLE001 - PyYAML raises whatever its constructors do (a 13th month, !!bool x)
         what = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise ConfigurationError(str(path), [f"broken YAML: {what}"]) from None
+        raise ConfigurationError(str(path), [f"broken YAML: {shown(what)}"]) from None
+
+
+def value_of(text: str) -> Any:
+    """A value as YAML writes it, for options such as ``NAME=VALUE``; what is no YAML is the text itself."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except Exception:  # noqa: BLE001 - PyYAML raises whatever its constructors do
+        return text
 
 
 def parse(content: Any, model: type[M], *, source: str) -> M:
@@ -50,22 +59,65 @@ def parse(content: Any, model: type[M], *, source: str) -> M:
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        raise ConfigurationError(source, [_line(problem, model) for problem in error.errors()]) from None
+        raise ConfigurationError(source, _problems(error, copy.deepcopy(content), model)) from None
 
 
-def _line(problem: Any, model: type[BaseModel]) -> str:
-    where = ".".join(str(part) for part in problem["loc"]) or "(whole file)"
+def _problems(error: ValidationError, content: Any, model: type[BaseModel]) -> list[str]:
+    """A line for every problem; takes what is wrong by itself out of ``content`` and looks at the rest again.
+
+    For only whole models are asked whether their settings go together. A conflict that speaks of what was taken out is left for
+    the next time: it may be one of the default in its place.
+    """
+    lines: list[str] = []
+    gone: set[str] = set()
+    while True:
+        found = error.errors(include_url=False)
+        told = [line for problem in found if not gone or problem["type"] == "value_error" for line in _lines(problem, model)]
+        lines += [line for line in told if line not in lines and not any(re.search(rf"\b{re.escape(w)}\b", line) for w in gone)]
+        wrong = [place for problem in found if (place := _innermost(content, problem["loc"]))]
+        gone |= {str(key) for _, key in wrong}
+        gone |= {meant for problem in found if problem["type"] == "extra_forbidden" for meant in _meant(problem, model)}
+        for holder, key in wrong:
+            holder.pop(key, None)
+        if not wrong:
+            return lines
+        try:
+            model.model_validate(content)
+            return lines
+        except ValidationError as next_error:
+            error = next_error
+
+
+def _innermost(content: Any, location: tuple[Any, ...]) -> tuple[dict[Any, Any], Any] | None:
+    """The innermost mapping and key of a location, of what is there of it."""
+    found = None
+    for part in location:
+        if isinstance(content, dict) and part in content:
+            found = content, part
+        elif not (isinstance(content, list) and isinstance(part, int) and part < len(content)):
+            break
+        content = content[part]
+    return found
+
+
+def _lines(problem: Any, model: type[BaseModel]) -> list[str]:
+    """Of one error that pydantic found: a validator tells several conflicts in as many lines."""
+    where = shown(".".join(str(part) for part in problem["loc"]), 200) or "(whole file)"
     if problem["type"] == "extra_forbidden":
-        known = _keys_at(model, problem["loc"][:-1])
-        close = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
-        return f"{where}: unknown key; {hint}"
+        close = _meant(problem, model)
+        hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(_keys_at(model, problem['loc'][:-1]))}"
+        return [f"{where}: unknown key; {hint}"]
     if problem["type"] == "missing":
-        return f"{where}: missing; this key is needed"
+        return [f"{where}: missing; this key is needed"]
     message = str(problem["msg"]).removeprefix("Value error, ")
     found = problem["input"]
-    shown = f" (found {found!r})" if isinstance(found, str | int | float | bool) and problem["loc"] else ""
-    return f"{where}: {message[:1].lower()}{message[1:]}{shown}"
+    value = f" (found {shown(repr(found), 80)})" if isinstance(found, str | int | float | bool) and problem["loc"] else ""
+    return [f"{where}: {shown(line[:1].lower() + line[1:], 1000)}{value}" for line in message.split("\n")]
+
+
+def _meant(problem: Any, model: type[BaseModel]) -> list[str]:
+    """The known key that an unknown one resembles."""
+    return difflib.get_close_matches(str(problem["loc"][-1])[:80], _keys_at(model, problem["loc"][:-1]), n=1)
 
 
 def _keys_at(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
@@ -87,6 +139,9 @@ def _some_keys(model: type[BaseModel]) -> str:
     return ", ".join(list(model.model_fields)[:4])
 
 
+_MOST_DIGITS = 100
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's numbers and no silent loss: ``2e-4`` is a number, ``0512`` is 512, a key that stands twice is an error."""
 
@@ -104,7 +159,10 @@ class _Loader(yaml.SafeLoader):
 
 def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
     text = str(loader.construct_scalar(node))
-    return int(text, 0 if text[:2] in ("0o", "0x") else 10)
+    # No setting means more, and more overflows wherever it is put into a float or an array.
+    if len(text) > _MOST_DIGITS or abs(value := int(text, 0 if text[:2] in ("0o", "0x") else 10)) >= 2**63:
+        raise yaml.constructor.ConstructorError(None, None, "found a whole number beyond 2**63", node.start_mark)
+    return value
 
 
 # YAML 1.1's numbers go (0512 is 330 there, 1:30 is 90) and those of YAML 1.2's core schema (section 10.3.2) come.

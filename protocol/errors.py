@@ -4,7 +4,8 @@
     ├── UserError                  a mistake the person at the keyboard can mend (exit code 2)
     │   ├── ConfigurationError     a plan, federation or node file; carries every problem at once
     │   ├── DataError              a data file or a row of it
-    │   └── ModelError             a base model that is missing or cannot do what was asked
+    │   ├── ModelError             a base model that is missing or cannot do what was asked
+    │   └── HardwareError          a plan that does not fit this machine
     ├── AdapterError               bytes, tensors or files that are not a valid adapter
     │   └── BaseMismatchError      a valid adapter, but of another base model
     ├── MessageError               a Flower message that does not follow the protocol
@@ -63,6 +64,12 @@ class ModelError(UserError):
     """A base model that is missing or cannot do what the plan asks."""
 
     code = "model"
+
+
+class HardwareError(UserError):
+    """A plan that does not fit this machine's memory, however it is made smaller."""
+
+    code = "hardware"
 
 
 class AdapterError(FedgeError):

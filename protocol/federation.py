@@ -2,13 +2,15 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, StringConstraints, model_validator
 
 from protocol.codec import WireFormat
-from protocol.plan import LOW_RANK, Method, Name, Plan, Strict, alike
+from protocol.plan import COMPRESSED, LOW_RANK, REFERRING, Name, Plan, Strict, alike
 
 RuleName = Literal[
     "product-delta",
@@ -32,6 +34,8 @@ RuleName = Literal[
 ]
 
 
+# Far above any federation; a schedule holds a plan for each round, and counts of nodes are multiplied.
+MOST_ROUNDS, MOST_NODES = 100_000, 1_000_000
 # A folder of that name holds the adapter.
 AdapterName = Annotated[str, StringConstraints(pattern="^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
 
@@ -40,33 +44,41 @@ class AggregationSettings(Strict):
     """How updates become the next global adapter; a rule's own settings are refused beside another rule."""
 
     rule: RuleName = Field("product-delta", description="one of server/aggregation, each named after its paper")
-    rank_cap: PositiveInt = Field(64, description="largest rank of the global adapter")
+    rank_cap: PositiveInt = Field(64, le=16384, description="largest rank of the global adapter")
     server_learning_rate: PositiveFloat | None = Field(
-        None, description="factor on the merged change, 1; fedadam, fedyogi: length of a step per number, 0.01"
+        None, le=1000, description="factor on the merged change, 1; fedadam, fedyogi: length of a step per number, 0.01"
     )
     server_momentum: float = Field(0.0, ge=0, lt=1, description="share of the last step that is taken again (FedAvgM)")
     beta_1: float | None = Field(None, ge=0, lt=1, description="fedadam, fedyogi: first moment; 0.9")
     beta_2: float | None = Field(None, ge=0, lt=1, description="fedadam, fedyogi: second moment; 0.99")
-    tau: PositiveFloat | None = Field(None, description="fedadam, fedyogi: adaptivity, added to the root; 1e-3")
+    tau: PositiveFloat | None = Field(None, le=1000, description="fedadam, fedyogi: adaptivity, added to the root; 1e-3")
     attackers: PositiveInt | None = Field(
-        None, description="krum, multi-krum, trimmed-mean: how many nodes may lie; a third of them"
+        None, le=MOST_NODES, description="krum, multi-krum, trimmed-mean: how many nodes may lie; a third of them"
     )
 
 
 class RoundSettings(Strict):
     """How many rounds, with whom, how long to wait and in what form numbers travel."""
 
-    count: PositiveInt = Field(5, description="rounds; with stages, theirs are counted instead")
-    minimum_nodes: PositiveInt = Field(1, description="quorum: a round with fewer usable updates changes nothing")
-    retries: NonNegativeInt = Field(2, description="how often a round without quorum is tried again before the run gives up")
-    cohort: PositiveInt | None = Field(None, description="nodes whose updates a round takes, drawn anew each round; all")
+    count: PositiveInt = Field(5, le=MOST_ROUNDS, description="rounds; with stages, theirs are counted instead")
+    minimum_nodes: PositiveInt = Field(
+        1, le=MOST_NODES, description="quorum: a round with fewer usable updates changes nothing"
+    )
+    retries: NonNegativeInt = Field(
+        2, le=MOST_ROUNDS, description="how often a round without quorum is tried again before the run gives up"
+    )
+    cohort: PositiveInt | None = Field(
+        None, le=MOST_NODES, description="nodes whose updates a round takes, drawn anew each round; all"
+    )
     over_selection: NonNegativeFloat = Field(
         0.0, le=10, description="share of the cohort asked beyond it; the last are dropped"
     )
     timeout_seconds: PositiveFloat = Field(3600.0, description="deadline: longest wait for the replies of one round")
     join_seconds: PositiveFloat = Field(600.0, description="longest wait for minimum_nodes to connect")
-    failures_allowed: PositiveInt = Field(3, description="quarantined replies in a row after which a node is left out")
-    pause_rounds: PositiveInt = Field(5, description="rounds that it is left out for")
+    failures_allowed: PositiveInt = Field(
+        3, le=MOST_ROUNDS, description="quarantined replies in a row after which a node is left out"
+    )
+    pause_rounds: PositiveInt = Field(5, le=MOST_ROUNDS, description="rounds that it is left out for")
     wire: WireFormat = Field("fp32", description="numbers of an update on the wire")
     wire_down: WireFormat = Field("fp32", description="numbers of the global adapter on the wire")
     evaluate_every: NonNegativeInt = Field(1, description="rounds between evaluations through the nodes; 0 = only at the end")
@@ -78,8 +90,8 @@ class RoundSettings(Strict):
 class StopSettings(Strict):
     """When a run ends before its last round."""
 
-    metric: Name | None = Field(None, description="mean over nodes of what they measure: loss, accuracy, macro-f1 …")
-    target: float | None = Field(None, description="value of the metric at which the run ends")
+    metric: Name | None = Field(None, description="what nodes measure: loss, accuracy, macro-f1 …")
+    target: float | None = Field(None, description="the run ends when more than half of the nodes have reached it")
     seconds: PositiveFloat | None = Field(None, description="wall-clock budget over all rounds")
     traffic_bytes: PositiveInt | None = Field(None, description="budget of adapter bytes, both ways, all nodes")
 
@@ -94,7 +106,7 @@ class Stage(Strict):
     """A part of the schedule with a plan of its own; the next stage goes on from its adapter."""
 
     name: Name
-    rounds: PositiveInt
+    rounds: PositiveInt = Field(le=MOST_ROUNDS)
     plan: Plan
 
 
@@ -110,60 +122,116 @@ class Federation(Strict):
         {}, description="several adapters, each over the nodes that name it; in place of plan"
     )
     stop: StopSettings = StopSettings()
+    start: Path | None = Field(None, description="adapter folder that the first round goes on from")
     output: Path = Field(Path("runs/federation"), description="folder that keeps every round")
 
     @model_validator(mode="after")
-    def _plans_that_can_be_published(self) -> "Federation":
+    def _without_conflicts(self) -> "Federation":
+        conflicts = (
+            self._plans_that_can_be_published(),
+            self._stages_that_go_on_from_each_other(),
+            self._rounds_that_can_be_kept(),
+            self._settings_that_fit_their_rule(),
+            self._plans_that_fit_the_rule(),
+            self._references_that_nodes_share(),
+        )
+        if problems := list(chain.from_iterable(conflicts)):
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _plans_that_can_be_published(self) -> Iterator[str]:
         if self.stages and self.adapters:
-            raise ValueError("stages and adapters do not go together; run one federation per stage, or one per adapter")
+            yield "stages and adapters do not go together; run one federation per stage, or one per adapter"
         for where, plan in self._plans():
             if plan.data.train or plan.data.evaluate:
-                raise ValueError(f"{where}.data names files; each node brings its own data, so leave train and evaluate out")
+                yield f"{where}.data names files; each node brings its own data, so leave train and evaluate out"
             if plan.objective == "classification" and plan.data.labels is None:
-                raise ValueError(f"{where}.data.labels is missing; nodes must agree on every label and its row in the head")
+                yield f"{where}.data.labels is missing; nodes must agree on every label and its row in the head"
+        if self.start and self.adapters:
+            yield "start is one adapter, and adapters are several; leave one of the two out"
+
+    def _stages_that_go_on_from_each_other(self) -> Iterator[str]:
         first, *others = [stage.plan for stage in self.stages] or [self.plan]
         for number, plan in enumerate(others, 2):
             if (plan.base_model, plan.lora.target_modules) != (first.base_model, first.lora.target_modules):
-                raise ValueError(f"stages: number {number} has another base_model or other target_modules than the first")
+                yield f"stages: number {number} has another base_model or other target_modules than the first"
+            heads = [(each.objective, each.data.labels) if each.task_type == "SEQ_CLS" else None for each in (first, plan)]
+            if heads[0] != heads[1]:
+                yield (
+                    f"stages: number {number} is {plan.objective} and the first {first.objective}, whose adapters differ by a "
+                    "head; run it as a federation of its own"
+                )
             if plan.method not in alike(first.method):
-                raise ValueError(
+                yield (
                     f"stages: number {number} has method {plan.method}, whose adapter is of another kind than the first's; "
                     f"take {' or '.join(alike(first.method))}"
                 )
-        return self
 
-    @model_validator(mode="after")
-    def _settings_that_fit_their_rule(self) -> "Federation":
+    def _rounds_that_can_be_kept(self) -> Iterator[str]:
+        for key, path in (("start", self.start), ("output", self.output)):
+            if "\0" in str(path):
+                yield f"{key}: found a NUL character, which no path holds; write the path without it"
+        if (total := sum(stage.rounds for stage in self.stages)) > MOST_ROUNDS:
+            yield f"stages: found {total} rounds, expected at most {MOST_ROUNDS}"
+        if self.rounds.cohort and self.rounds.cohort < self.rounds.minimum_nodes:
+            yield (
+                f"rounds.cohort: {self.rounds.cohort} updates a round are fewer than rounds.minimum_nodes, "
+                f"{self.rounds.minimum_nodes}; raise the one, or lower the other"
+            )
+
+    def _settings_that_fit_their_rule(self) -> Iterator[str]:
         chosen = self.aggregation
-        for keys, rules in _ONLY_FOR.items():
-            for key in keys:
-                if getattr(chosen, key) and chosen.rule not in rules:
-                    nearest = "product-delta" if "product-delta" in rules else rules[0]
-                    raise ValueError(f"aggregation.{key} is not for rule {chosen.rule}; leave it out, or take rule {nearest}")
-        if chosen.attackers and self.rounds.minimum_nodes < (fewest := _fewest(chosen.rule, chosen.attackers)):
-            raise ValueError(
+        for key, rules in ((key, rules) for keys, rules in _ONLY_FOR.items() for key in keys):
+            if getattr(chosen, key) and chosen.rule not in rules:
+                nearest = "product-delta" if "product-delta" in rules else rules[0]
+                yield f"aggregation.{key} is not for rule {chosen.rule}; leave it out, or take rule {nearest}"
+        fewest = _fewest(chosen.rule, chosen.attackers or 0)
+        if chosen.attackers and chosen.rule in _AGAINST_ATTACKERS and self.rounds.minimum_nodes < fewest:
+            yield (
                 f"aggregation.attackers: {chosen.rule} needs {fewest} updates against {chosen.attackers} attacker(s), "
                 f"rounds.minimum_nodes is {self.rounds.minimum_nodes}; raise it, or expect fewer attackers"
             )
+        if chosen.rule in WITHOUT_STEP and chosen.server_learning_rate not in (None, 1):
+            yield (
+                f"aggregation.server_learning_rate: found {chosen.server_learning_rate:g}, but {chosen.rule} replaces the "
+                "adapter and takes no step; leave it out, or take rule product-delta"
+            )
         if self.rounds.cluster and chosen.rule not in _COMPARABLE:
-            raise ValueError(f"rounds.cluster compares products, which {chosen.rule} does not keep; take rule product-delta")
+            yield f"rounds.cluster compares products, which {chosen.rule} does not keep; take rule product-delta"
+        if self.start and chosen.rule in _DRAWN:
+            yield f"start: {chosen.rule} draws a start of its own; leave it out, or take rule product-delta"
+
+    def _plans_that_fit_the_rule(self) -> Iterator[str]:
+        chosen = self.aggregation
         for where, plan in self._plans():
+            if plan.method == "adalora" and chosen.rule in _DRAWN:
+                yield (
+                    f"{where}.method: {chosen.rule} merges A and B apart, and adalora shares their directions out anew in each "
+                    "round; take rule product-delta"
+                )
             if plan.update_rank > plan.lora.r and chosen.rule in _DRAWN:
-                raise ValueError(
+                yield (
                     f"{where}.lora.init_lora_weights: {plan.lora.init_lora_weights} begins with a part of the base, and "
                     f"{chosen.rule} with a start of its own; leave it out, or take rule product-delta"
                 )
-            if plan.method not in LOW_RANK and chosen.rule in (_DRAWN_FACTORS if plan.method in _COMPRESSED else _OF_FACTORS):
-                raise ValueError(
+            if plan.method not in LOW_RANK and chosen.rule in (_DRAWN_FACTORS if plan.method in COMPRESSED else _OF_FACTORS):
+                yield (
                     f"{where}.method: {chosen.rule} merges factors that nodes train, and {plan.method} trains none; "
                     "take rule product-delta"
                 )
             if plan.head.local and chosen.rule in ("flora", "fedex"):
-                raise ValueError(
+                yield (
                     f"{where}.head.local: {chosen.rule} moves every node's change into the shared base, for which a head that "
                     "stays at its node was not trained; take rule product-delta"
                 )
-        return self
+
+    def _references_that_nodes_share(self) -> Iterator[str]:
+        later = self._plans()[1:] if self.stages and self.aggregation.rule == "fedsa" else []
+        if found := [(where, plan.objective) for where, plan in later if plan.objective in REFERRING]:
+            yield (
+                f"{found[0][0]}.objective: {found[0][1]} stays near the model before its stage, of which fedsa lets nodes keep "
+                "and train a part of their own; take rule product-delta"
+            )
 
     def schedules(self) -> dict[str, tuple[Plan, ...]]:
         """The plan of each round, first to last, by adapter; the only adapter of a federation without names is ``""``."""
@@ -189,6 +257,8 @@ def _fewest(rule: RuleName, attackers: int) -> int:
     return 2 * attackers + (1 if rule == "trimmed-mean" else 3)
 
 
+# Means of what nodes hold, not of what they changed: there is no step to lengthen or shorten.
+WITHOUT_STEP: tuple[RuleName, ...] = ("hetlora", "flexlora", "fedex")
 # How long a coordinator waits and what it writes beside decide nothing that is computed.
 _PATIENCE = {"timeout_seconds", "join_seconds", "retries", "tensorboard"}
 _COMPARABLE: tuple[RuleName, ...] = ("product-delta", "norm-clipping", "agreement", "krum", "multi-krum", "geometric-median")
@@ -207,12 +277,13 @@ _DRAWN: tuple[RuleName, ...] = (
 )
 # Rules that say how A and B train; the others merge named tensors as well.
 _OF_FACTORS: tuple[RuleName, ...] = ("hetlora", "flexlora", "flora", "ffa", "rolora", "fedex", "fedsa")
-# These send changes of whole weights, compressed to factors, which no start can be drawn for.
-_COMPRESSED: tuple[Method, ...] = ("full", "freezing")
+# No start can be drawn for factors that a change of whole weights is compressed to.
 _DRAWN_FACTORS: tuple[RuleName, ...] = (*_DRAWN, "flora", "flexlora")
+# The ones that are told how many nodes may lie.
+_AGAINST_ATTACKERS: tuple[RuleName, ...] = ("multi-krum", "krum", "trimmed-mean")
 # Which of a rule's own settings belong to which rules; the first is the nearest that can.
 _ONLY_FOR: dict[tuple[str, ...], tuple[RuleName, ...]] = {
     ("beta_1", "beta_2", "tau"): ("fedadam", "fedyogi"),
-    ("attackers",): ("multi-krum", "krum", "trimmed-mean"),
+    ("attackers",): _AGAINST_ATTACKERS,
     ("server_momentum",): ("product-delta", "norm-clipping", "multi-krum", "geometric-median", "fedavg"),
 }

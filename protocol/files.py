@@ -1,4 +1,4 @@
-"""An adapter on disk, as PEFT reads and writes it, with a manifest beside it.
+"""An adapter on disk: its two files (``protocol.formats``) and a manifest beside them.
 
 A folder appears whole or not at all: it is written under a temporary name beside its place and renamed. bfloat16, which
 numpy does not have, is widened to float32 on reading (exactly).
@@ -6,13 +6,11 @@ numpy does not have, is widened to float32 on reading (exactly).
 
 import json
 import os
-import re
 import shutil
-import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +18,15 @@ import numpy as np
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save_file
 
-from protocol.adapter import Adapter, Array, Factors
+from protocol.adapter import Adapter, Array
 from protocol.codec import encode
+from protocol.configuration import parse
 from protocol.errors import AdapterError, BaseMismatchError
+from protocol.formats import CONFIG, WEIGHTS, understood, written
 from protocol.manifest import Manifest
+from protocol.plan import QUANTISED, Plan
 
-WEIGHTS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "manifest.json"
-PREFIX = "base_model.model."
+MANIFEST = "manifest.json"
 
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 
@@ -75,47 +75,74 @@ def write_whole(path: Path, content: str | bytes, mode: int = 0o644) -> None:
         Path(draft).unlink(missing_ok=True)
 
 
-def write_adapter(folder: Path, adapter: Adapter, manifest: Manifest, *, base_model: str, task_type: str) -> None:
-    """Writes a folder that ``peft.PeftModel.from_pretrained`` loads.
+def write_adapter(folder: Path, adapter: Adapter, manifest: Manifest, plan: Plan) -> None:
+    """Writes a folder that ``peft.PeftModel.from_pretrained`` loads, where PEFT has the method.
 
     Args:
         folder: Where to; replaced whole if it is there.
         adapter: Float tensors; stored as float32.
         manifest: Stored beside it.
-        base_model: Goes to ``base_model_name_or_path``.
-        task_type: PEFT's name: ``CAUSAL_LM`` or ``SEQ_CLS``.
+        plan: What it was trained with; its method, that method's settings, its task and its base are stored.
 
     Raises:
         AdapterError: A value does not fit float32.
     """
     with whole_folder(folder) as draft:
-        save_adapter(draft, adapter, manifest, base_model=base_model, task_type=task_type)
+        save_adapter(draft, adapter, manifest, plan)
 
 
-def save_adapter(folder: Path, adapter: Adapter, manifest: Manifest, *, base_model: str, task_type: str) -> None:
+def save_adapter(folder: Path, adapter: Adapter, manifest: Manifest, plan: Plan) -> None:
     """The three files of ``write_adapter`` into a folder that exists already (a draft of something larger)."""
-    adapter = encode(Adapter({module: _with_room(pair) for module, pair in adapter.factors.items()}, adapter.dense), "fp32")
-    tensors: dict[str, Array] = {}
-    for module, pair in adapter.factors.items():
-        # PEFT holds an embedding's factors as bare parameters under names of their own.
-        half = "lora_embedding_{}" if module in manifest.embeddings else "lora_{}.weight"
-        tensors[f"{PREFIX}{module}.{half.format('A')}"] = pair.A
-        tensors[f"{PREFIX}{module}.{half.format('B')}"] = pair.B
-    tensors |= {f"{PREFIX}{name}": tensor for name, tensor in adapter.dense.items()}
+    tensors, config = written(encode(adapter, "fp32"), plan, manifest.embeddings)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(_peft_config(adapter, base_model, task_type), indent=2), encoding="utf-8")
+    (folder / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2), encoding="utf-8")
 
 
-def read_adapter(folder: Path, *, base_digest: str | None = None) -> tuple[Adapter, Manifest | None]:
+@dataclass(frozen=True)
+class Stored:
+    """What an adapter's folder holds.
+
+    Attributes:
+        folder: Where it was read.
+        adapter: The adapter.
+        manifest: Its description if there is one (plain PEFT writes none).
+        settings: Of a plan that uses it: ``method``, and that method's section.
+        task_type: PEFT's name of the task; empty where the folder does not say.
+    """
+
+    folder: Path
+    adapter: Adapter
+    manifest: Manifest | None
+    settings: Mapping[str, Any]
+    task_type: str
+
+    def on(self, plan: Plan) -> Plan:
+        """A plan to use this adapter with: its method and that method's settings, all else as in ``plan``.
+
+        Raises:
+            AdapterError: The plan is for another task.
+            ConfigurationError: The base is held in a way that the method does not go with.
+        """
+        if self.task_type not in ("", plan.task_type):
+            raise AdapterError(
+                f"{self.folder}: an adapter for {self.task_type}, and objective {plan.objective} is {plan.task_type}; name an "
+                "adapter that was trained for this objective, or the objective that it was trained for"
+            )
+        settings = dict(self.settings)
+        if settings["method"] == "lora" and plan.precision in QUANTISED:
+            settings["method"] = "qlora"
+        kept = plan.model_dump(include={"base_model", "objective", "precision", "head", "dpo", "kto", "rl", "data"})
+        kept["training"] = {"seed": plan.training.seed, "batch_size": plan.training.batch_size}
+        return parse(kept | settings, Plan, source=str(self.folder))
+
+
+def read_stored(folder: Path, *, base_digest: str | None = None) -> Stored:
     """Reads what this project or plain PEFT wrote.
 
     Args:
         folder: Holds ``adapter_model.safetensors`` and ``adapter_config.json``.
         base_digest: When given, an adapter whose manifest names another base is refused.
-
-    Returns:
-        The adapter, and its manifest if there is one (plain PEFT writes none).
 
     Raises:
         AdapterError: A file is missing or is not what it should be.
@@ -127,9 +154,14 @@ def read_adapter(folder: Path, *, base_digest: str | None = None) -> tuple[Adapt
             f"{folder}: this adapter was trained on base {manifest.base_digest[:12]}, the base model here is "
             f"{base_digest[:12]}; load the base that it was trained on, or train it anew"
         )
-    if config.get("peft_type") != "LORA":
-        raise AdapterError(f"{folder / CONFIG}: peft_type is {config.get('peft_type')!r}; expected 'LORA'")
-    return _assemble(_read_tensors(folder / WEIGHTS), config, folder), manifest
+    found = understood(_read_tensors(folder / WEIGHTS), config, folder)
+    return Stored(folder, found.adapter, manifest, found.settings, found.task_type)
+
+
+def read_adapter(folder: Path, *, base_digest: str | None = None) -> tuple[Adapter, Manifest | None]:
+    """The adapter of ``read_stored``, and its manifest."""
+    stored = read_stored(folder, base_digest=base_digest)
+    return stored.adapter, stored.manifest
 
 
 def base_model_of(folder: Path) -> str:
@@ -142,79 +174,6 @@ def base_model_of(folder: Path) -> str:
     if not isinstance(name, str) or not name:
         raise AdapterError(f"{folder / CONFIG}: names no base_model_name_or_path; say which base it belongs to")
     return name
-
-
-def _assemble(tensors: dict[str, Array], config: dict[str, Any], folder: Path) -> Adapter:
-    halves: dict[str, dict[str, Array]] = {}
-    dense: dict[str, Array] = {}
-    for key, tensor in tensors.items():
-        name = key.removeprefix(PREFIX)
-        module, _, half = name.removesuffix(".weight").rpartition(".")
-        if half in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"):
-            halves.setdefault(module, {})[f"lora_{half[-1]}"] = tensor
-        else:
-            dense[name] = tensor
-    factors = {}
-    for module, pair in halves.items():
-        if set(pair) != {"lora_A", "lora_B"}:
-            raise AdapterError(f"{folder / WEIGHTS}: {module} holds only {', '.join(pair)}; expected lora_A and lora_B")
-        unscaled = Factors(pair["lora_A"], pair["lora_B"])
-        factors[module] = replace(unscaled, scaling=_scaling(config, module, unscaled.r, folder / CONFIG))
-    return Adapter(factors, dense)
-
-
-def _scaling(config: dict[str, Any], module: str, r: int, source: Path) -> float:
-    if not r:
-        return 1.0
-    pattern = config.get("alpha_pattern") or {}
-    if not isinstance(pattern, dict):
-        raise AdapterError(f"{source}: alpha_pattern is a {type(pattern).__name__}; expected a mapping")
-    alpha = next((value for key, value in pattern.items() if _names(key, module, source)), config.get("lora_alpha"))
-    # The comparison takes NaN, infinities and whole numbers beyond any float.
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) <= sys.float_info.max:
-        raise AdapterError(f"{source}: lora_alpha is {str(alpha)[:80]}; expected a finite number")
-    return float(alpha / (r**0.5 if config.get("use_rslora") else r))
-
-
-def _names(key: str, module: str, source: Path) -> bool:
-    """PEFT's rule (``peft.utils.get_pattern_key``): a key is a regular expression for the module or the end of its path."""
-    try:
-        return re.match(rf"(.*\.)?({key})$", module) is not None
-    except (re.error, OverflowError, RecursionError) as error:
-        raise AdapterError(f"{source}: alpha_pattern has a key that is no regular expression ({error})") from None
-
-
-def _with_room(pair: Factors) -> Factors:
-    """PEFT knows no rank 0: a module without change becomes one of rank 1 that is all zeros."""
-    d_out, d_in = pair.shape
-    return pair if pair.r else Factors(A=np.zeros((1, d_in)), B=np.zeros((d_out, 1)))
-
-
-def _peft_config(adapter: Adapter, base_model: str, task_type: str) -> dict[str, Any]:
-    ranks = adapter.ranks()
-    r = max(ranks.values(), default=1)
-    others = {module: rank for module, rank in ranks.items() if rank != r}
-    # PEFT keeps a classifier's head whole, the module at the root, and fails on a module inside it (RoBERTa's has two). What
-    # lies beside the adapted modules, under the same root, is no head.
-    body = {module.partition(".")[0] for module in ranks}
-    saved = {
-        root if task_type == "SEQ_CLS" and (root := name.partition(".")[0]) not in body else name.rpartition(".")[0]
-        for name in adapter.dense
-    }
-    return {
-        "peft_type": "LORA",
-        "task_type": task_type,
-        "base_model_name_or_path": base_model,
-        "r": r,
-        "lora_alpha": r,
-        "rank_pattern": others,
-        "alpha_pattern": others,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": sorted(ranks),
-        "modules_to_save": sorted(saved) or None,
-        "inference_mode": True,
-    }
 
 
 def _read_manifest(folder: Path) -> Manifest | None:

@@ -34,7 +34,11 @@ QUANTISED: tuple[Precision, ...] = ("int8", "nf4")
 LOW_RANK: tuple[Method, ...] = ("lora", "qlora", "adalora")
 # They train weights of the base itself.
 ON_THE_BASE: tuple[Method, ...] = ("full", "freezing", "bitfit")
-PROMPTS: tuple[Method, ...] = ("prompt-tuning", "prefix-tuning", "p-tuning-v2")
+# They send how whole matrices have changed, compressed to factors.
+COMPRESSED: tuple[Method, ...] = ("full", "freezing")
+# They train keys and values that stand before the text's at every layer.
+PREFIXES: tuple[Method, ...] = ("prefix-tuning", "p-tuning-v2")
+PROMPTS: tuple[Method, ...] = ("prompt-tuning", *PREFIXES)
 # A head of its own beside the base, and how PEFT calls the task.
 TASK_TYPES: Mapping[Objective, Literal["CAUSAL_LM", "SEQ_CLS"]] = {
     "sft": "CAUSAL_LM",
@@ -46,6 +50,8 @@ TASK_TYPES: Mapping[Objective, Literal["CAUSAL_LM", "SEQ_CLS"]] = {
     "reward": "SEQ_CLS",
     "rl": "CAUSAL_LM",
 }
+# They stay near the model that was there before them.
+REFERRING: tuple[Objective, ...] = ("dpo", "kto", "rl")
 _TAKEN_FROM_THE_BASE: tuple[LoraStart, ...] = ("pissa", "pissa_niter_16", "loftq")
 Name = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
 
@@ -127,11 +133,30 @@ class LoraSettings(Strict):
 class AdaLoraSettings(Strict):
     """How AdaLoRA shares its ranks out while it trains (Zhang et al. 2023, arXiv:2303.10512); ``lora`` says the rest."""
 
-    init_r: PositiveInt | None = Field(None, le=1024, description="rank at the beginning; without it 1.5 times lora.r")
+    init_ratio: float = Field(
+        1.5, gt=1, le=8, description="rank at the beginning (init_r) over lora.r, which is the mean at the end (target_r)"
+    )
     tinit_ratio: float = Field(0.1, ge=0, lt=1, description="share of the steps before ranks are taken away")
     tfinal_ratio: float = Field(0.5, ge=0, lt=1, description="share of the steps after the last one is taken away")
     delta_t: PositiveInt = Field(1, description="steps between two reallocations")
     orth_reg_weight: PositiveFloat = Field(0.5, description="pull of the factors towards orthogonal rows")
+
+
+class Ia3Settings(Strict):
+    """One factor for every number that keys, values and the inside of the MLP compute (Liu et al. 2022, arXiv:2205.05638)."""
+
+    target_modules: tuple[Name, ...] | None = Field(
+        None, description="module names; without them those that PEFT knows for the architecture"
+    )
+    feedforward_modules: tuple[Name, ...] = Field(
+        (), description="which of them scale what they read, not what they compute: the MLP's last layer"
+    )
+
+    @model_validator(mode="after")
+    def _named_twice(self) -> "Ia3Settings":
+        if missing := sorted(set(self.feedforward_modules) - set(self.target_modules or ())):
+            raise ValueError(f"feedforward_modules: {', '.join(missing)} must stand in target_modules too")
+        return self
 
 
 class PromptSettings(Strict):
@@ -160,6 +185,13 @@ class FreezingSettings(Strict):
     train: tuple[Name, ...] = Field((), description="parts of the base that train, by name, in place of a share")
     thaw_every: PositiveInt | None = Field(None, description="steps after which one more frozen layer begins to train")
 
+    @model_validator(mode="after")
+    def _parts_or_a_share(self) -> "FreezingSettings":
+        share = ("frozen_share", "order", "thaw_every")
+        if self.train and (named := [name for name in share if getattr(self, name) != type(self).model_fields[name].default]):
+            raise ValueError(f"train names what trains, and {', '.join(named)} would choose it; leave one or the other out")
+        return self
+
 
 class BitFitSettings(Strict):
     """Biases alone train (Ben Zaken et al. 2022, arXiv:2106.10199)."""
@@ -172,7 +204,17 @@ class DpoSettings(Strict):
 
     beta: PositiveFloat = 0.1
     loss_type: Literal["sigmoid", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "apo_zero", "apo_down"] = "sigmoid"
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="robust, exo_pair: share of pairs that are the wrong way round"
+    )
+
+    @model_validator(mode="after")
+    def _smoothing(self) -> "DpoSettings":
+        if self.label_smoothing and self.loss_type not in ("robust", "exo_pair"):
+            raise ValueError(f"label_smoothing is for loss_type robust or exo_pair, found {self.loss_type}; take robust")
+        if self.loss_type == "exo_pair" and not self.label_smoothing:
+            raise ValueError("loss_type exo_pair needs label_smoothing above 0; its paper takes 1.0e-3")
+        return self
 
 
 class KtoSettings(Strict):
@@ -193,7 +235,8 @@ class RlSettings(Strict):
     max_completion_length: PositiveInt = 64
     temperature: PositiveFloat = 1.0
     beta: float = Field(0.05, ge=0, description="pull towards the reference: KL divergence's weight")
-    epsilon: PositiveFloat = Field(0.2, description="how far one step may change a token's probability ratio (clipping)")
+    epsilon: PositiveFloat = Field(0.2, description="how far a token's probability ratio counts (clipping)")
+    num_iterations: PositiveInt = Field(1, description="steps on the same answers; the ratio begins to differ with the second")
 
 
 class HeadSettings(Strict):
@@ -269,6 +312,7 @@ class Plan(Strict):
     precision: Precision = Field("fp32", description="how the frozen base is held")
     lora: LoraSettings = LoraSettings()
     adalora: AdaLoraSettings = AdaLoraSettings()
+    ia3: Ia3Settings = Ia3Settings()
     prompt: PromptSettings = PromptSettings()
     bottleneck: BottleneckSettings = BottleneckSettings()
     freezing: FreezingSettings = FreezingSettings()
@@ -286,8 +330,10 @@ class Plan(Strict):
         """Largest rank of an update.
 
         Twice the trained one where the factors begin with a part of the base: that part must be taken away again, or it
-        would count as change (``s B A - s B_0 A_0``).
+        would count as change (``s B A - s B_0 A_0``). AdaLoRA may leave a module all the directions that it began with.
         """
+        if self.method == "adalora":
+            return math.ceil(self.lora.r * self.adalora.init_ratio)
         start = self.lora.init_lora_weights
         taken = start in _TAKEN_FROM_THE_BASE and (start != "loftq" or self.precision in QUANTISED)
         return self.lora.r * (2 if taken else 1)
@@ -307,25 +353,75 @@ class Plan(Strict):
             raise ValueError(
                 f"method {self.method} trains the base, which {self.precision} weights cannot; choose bf16 or qlora"
             )
+        if self.method in COMPRESSED and self.precision == "fp16":
+            raise ValueError(
+                f"method {self.method} on fp16 weights: their gradients leave its range; hold them as bf16, or as fp32 with "
+                "training.mixed_precision fp16"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _prompts(self) -> "Plan":
+        if self.prompt.init_text and self.method != "prompt-tuning":
+            raise ValueError(f"prompt.init_text is for method prompt-tuning, found {self.method}")
+        if self.prompt.encoder_hidden_size and self.method != "prefix-tuning":
+            raise ValueError(f"prompt.encoder_hidden_size is for method prefix-tuning, found {self.method}")
+        if self.training.gradient_checkpointing and self.method in PREFIXES:
+            raise ValueError(
+                f"training.gradient_checkpointing leaves out the cache that {self.method} lives in; switch it off, or choose "
+                "prompt-tuning"
+            )
+        if self.training.early_stopping_patience and self.method == "prefix-tuning":
+            raise ValueError(
+                "training.early_stopping_patience goes back to the best prefix, which no longer fits the network behind it; "
+                "leave it out, or choose p-tuning-v2"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _batches(self) -> "Plan":
+        settings = self.training
+        if self.objective == "kto" and settings.batch_size < 2:
+            raise ValueError("training.batch_size is 1; kto needs 2 or more: it reads each prompt with another row's answer")
+        if self.objective == "rl":
+            if not (self.rl.reward_model or self.rl.reward_functions):
+                raise ValueError("objective rl needs a reward; give rl.reward_model or rl.reward_functions")
+            answers = settings.batch_size * settings.gradient_accumulation_steps
+            if answers % self.rl.num_generations:
+                raise ValueError(
+                    f"training.batch_size times gradient_accumulation_steps is {answers}, which rl.num_generations "
+                    f"{self.rl.num_generations} does not divide; a step takes whole groups of answers"
+                )
         return self
 
     @model_validator(mode="after")
     def _sections_of_what_was_chosen(self) -> "Plan":
         wrong = [
             f"{name} is for {kind} {' or '.join(users)}, found {found}"
-            for name, (kind, users) in _USED_BY.items()
+            for name, (kind, users) in USED_BY.items()
             if (found := getattr(self, kind)) not in users and getattr(self, name) != Plan.model_fields[name].default
         ]
         if self.method not in ("lora", "qlora") and (self.lora.init_lora_weights, self.lora.use_dora) != ("default", False):
             wrong.append(f"lora.init_lora_weights and lora.use_dora are for method lora or qlora, found {self.method}")
+        if self.method == "adalora":
+            wrong += self._against_adalora()
         if wrong:
             raise ValueError("; ".join(wrong))
         return self
 
+    def _against_adalora(self) -> list[str]:
+        lora = self.lora
+        found = [name for name in ("rank_pattern", "alpha_pattern", "use_rslora") if getattr(lora, name)]
+        wrong = [f"lora.{name}: adalora shares the ranks out itself; leave it out" for name in found]
+        if self.update_rank > 1024:
+            wrong.append(f"lora.r {lora.r}: adalora begins with rank {self.update_rank}, more than 1024; lower one of the two")
+        return wrong
+
 
 # Sections that only some methods or objectives read: elsewhere they would be wishes that nobody hears.
-_USED_BY: Mapping[str, tuple[Literal["method", "objective"], tuple[str, ...]]] = {
+USED_BY: Mapping[str, tuple[Literal["method", "objective"], tuple[str, ...]]] = {
     "adalora": ("method", ("adalora",)),
+    "ia3": ("method", ("ia3",)),
     "prompt": ("method", PROMPTS),
     "bottleneck": ("method", ("bottleneck",)),
     "freezing": ("method", ("freezing",)),

@@ -2,21 +2,22 @@
 
 An ArrayRecord holds what ``protocol.codec`` packed (``A|MODULE`` and ``B|MODULE`` for factor pairs, ``D|NAME`` for dense
 tensors, or ``Q|…`` where they are coded) and ``R|NAME`` (uint8) for the trained rows of dense tensors. Everything else is in
-one ConfigRecord under ``fedge``. What comes in is untrusted: whatever is wrong with it becomes a MessageError.
+one ConfigRecord under ``fedge``. A second ArrayRecord holds the adapter that a call names as its reference, where the node may
+not have it. What comes in is untrusted: whatever is wrong with it becomes a MessageError.
 """
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from flwr.app import Array as FlowerArray
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from protocol.adapter import Adapter, Array
-from protocol.codec import WireFormat, pack, unpack
+from protocol.codec import LONGEST_TEXT, MOST_ENTRIES, WireFormat, is_too_much, pack, unpack
 from protocol.errors import AdapterError, MessageError, StartMissingError
 from protocol.manifest import MOST_EXAMPLES, Manifest
 from protocol.plan import Method, Plan, Precision
@@ -24,10 +25,14 @@ from protocol.product_space import trained_part
 from protocol.update import Update
 
 PROTOCOL_VERSION = 1
-ARRAYS, CONFIG, METRICS = "adapter", "fedge", "metrics"
+ARRAYS, CONFIG, METRICS, REFERENCE = "adapter", "fedge", "metrics", "reference"
 Trains = Literal["both", "A", "B"]
 # A round has few, and they are kept and shown with their names. What is averaged over nodes must not overflow.
 _MOST_METRICS, _LONGEST_METRIC, _LARGEST_METRIC = 100, 80, 1e30
+# Far above what bases have: vocabularies of 262,144 tokens, prefixes as wide as 80 layers' keys and values of 8192 numbers.
+LARGEST_DIMENSION, LONGEST_NAME, _MOST_AXES = 2**24, 256, 8
+_Name = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_NAME)]
+_Dimension = Annotated[int, Field(gt=0, le=LARGEST_DIMENSION)]
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -59,6 +64,8 @@ class Call(_Wire):
         digest: Of the adapter in this message as it arrives.
         delta_of: Digest of the adapter, held by the node, that the arrays are a difference to; empty where they need none.
             Where it is ``digest`` itself, no arrays travel: the node holds the adapter already.
+        reference: dpo, kto, rl: digest of the global adapter before the stage began, which the policy stays near; empty where
+            that was the base. No arrays travel for it where it is ``digest``, or where the node should hold it.
         wire: How the update is to travel.
         wire_down: How the coordinator's adapters travel; where they are coded, a node keeps what it receives.
     """
@@ -78,6 +85,7 @@ class Call(_Wire):
     manifest: Manifest | None = None
     digest: str = ""
     delta_of: str = ""
+    reference: str = ""
     wire: WireFormat = "fp32"
     wire_down: WireFormat = "fp32"
 
@@ -101,28 +109,33 @@ class Offer(_Wire):
     method: Method
     precision: Precision
     r: int = Field(ge=1, le=1024)
-    modules: dict[str, tuple[PositiveInt, PositiveInt]]
-    embeddings: tuple[str, ...] = ()
-    dense: dict[str, tuple[PositiveInt, ...]] = {}
+    modules: dict[_Name, tuple[_Dimension, _Dimension]]
+    embeddings: tuple[_Name, ...] = ()
+    dense: dict[_Name, Annotated[tuple[_Dimension, ...], Field(max_length=_MOST_AXES)]] = {}
 
 
 @dataclass(frozen=True)
 class Received:
-    """An adapter as it arrived, with its call."""
+    """An adapter as it arrived, with its call and the adapter that this names as its reference."""
 
     call: Call
     adapter: Adapter
+    reference: Adapter = field(default_factory=Adapter)
 
     def trained(self) -> Adapter:
         """The part of the adapter that the node trains: what its change is counted from, and coded as a difference to."""
         return trained_part(self.adapter, self.call.r, fresh=self.call.fresh)
 
 
-def call_records(call: Call, arrays: Mapping[str, Array] | None = None) -> RecordDict:
-    """A call with the adapter that it speaks of (already packed)."""
+def call_records(
+    call: Call, arrays: Mapping[str, Array] | None = None, reference: Mapping[str, Array] | None = None
+) -> RecordDict:
+    """A call with the adapters that it speaks of (already packed)."""
     records = RecordDict({CONFIG: _config(call)})
     if arrays is not None:
         records[ARRAYS] = _arrays(arrays)
+    if reference is not None:
+        records[REFERENCE] = _arrays(reference)
     return records
 
 
@@ -132,10 +145,10 @@ def read_asked(records: RecordDict) -> Call:
     Raises:
         MessageError: It is none, or of another version of the protocol.
     """
-    spoken = _read_config(records, Version).protocol_version
+    spoken = _read_config(records, Version, bounded=False).protocol_version
     if spoken != PROTOCOL_VERSION:
         raise MessageError(f"the coordinator speaks protocol {spoken}, this node {PROTOCOL_VERSION}; install the same fedge")
-    return _read_config(records, Call)
+    return _read_config(records, Call, bounded=False)
 
 
 def read_call(records: RecordDict, held: Callable[[str], Adapter | None] = lambda digest: None) -> Received:
@@ -146,7 +159,7 @@ def read_call(records: RecordDict, held: Callable[[str], Adapter | None] = lambd
         held: The adapter of a digest, if the node holds it.
 
     Raises:
-        StartMissingError: The node does not hold what the arrays are a difference to.
+        StartMissingError: The node does not hold what the arrays are a difference to, or the call's reference.
         MessageError: Anything else is wrong.
     """
     call = read_asked(records)
@@ -157,9 +170,26 @@ def read_call(records: RecordDict, held: Callable[[str], Adapter | None] = lambd
         adapter = reference
     else:
         adapter = _unpack(_read_arrays(records), reference)[0] if ARRAYS in records else Adapter()
-    if adapter.digest() != (call.digest or Adapter().digest()):
+    _check_digest(adapter, call.digest)
+    return Received(call, adapter, _read_reference(records, call, adapter, held))
+
+
+def _read_reference(records: RecordDict, call: Call, adapter: Adapter, held: Callable[[str], Adapter | None]) -> Adapter:
+    if call.reference in ("", call.digest):
+        return adapter if call.reference else Adapter()
+    if REFERENCE in records:
+        sent = _unpack(_read_arrays(records, REFERENCE), None)[0]
+        _check_digest(sent, call.reference)
+        return sent
+    found = held(call.reference)
+    if found is None:
+        raise StartMissingError(f"reference {call.reference[:12]} is not held here; the coordinator must send it")
+    return found
+
+
+def _check_digest(adapter: Adapter, digest: str) -> None:
+    if adapter.digest() != (digest or Adapter().digest()):
         raise MessageError("the adapter's digest is not the one that the message names; it was changed on its way")
-    return Received(call, adapter)
 
 
 def offer_records(offer: Offer) -> RecordDict:
@@ -218,8 +248,8 @@ def read_update(records: RecordDict, reference: Adapter | None = None) -> tuple[
 
 def payload_bytes(records: RecordDict) -> int:
     """Bytes of a message's arrays as they travel; 0 where it has none."""
-    record = records.get(ARRAYS)
-    return sum(len(array.data) for array in record.values()) if isinstance(record, ArrayRecord) else 0
+    held = [record for record in (records.get(ARRAYS), records.get(REFERENCE)) if isinstance(record, ArrayRecord)]
+    return sum(len(array.data) for record in held for array in record.values())
 
 
 def metric_record(metrics: Mapping[str, float], num_examples: int) -> MetricRecord:
@@ -252,15 +282,21 @@ def _config(model: BaseModel) -> ConfigRecord:
     return ConfigRecord({"json": model.model_dump_json()})
 
 
-def _read_config(records: RecordDict, model: type[M]) -> M:
+def _read_config(records: RecordDict, model: type[M], *, bounded: bool = True) -> M:
+    """What stands in the ConfigRecord; ``bounded`` where any node may have written it. A plan's labels have no bound."""
     record = records.get(CONFIG)
     text = record.get("json") if isinstance(record, ConfigRecord) else None
     if not isinstance(text, str):
         raise MessageError(f"no text under {CONFIG!r}/'json'; expected a {model.__name__}")
+    if bounded and is_too_much(text.encode(errors="replace")):
+        raise MessageError(
+            f"not a {model.__name__}: found {len(text)} letters, expected at most {LONGEST_TEXT} and {MOST_ENTRIES} commas"
+        )
     try:
         return model.model_validate_json(text, strict=True)
     except ValidationError as error:
-        where = ", ".join(".".join(str(part) for part in problem["loc"]) or "json" for problem in error.errors()[:5])
+        problems = error.errors(include_url=False, include_input=False)[:5]
+        where = ", ".join(".".join(str(part) for part in problem["loc"]) or "json" for problem in problems)
         raise MessageError(f"not a {model.__name__}: {where}") from None
 
 
@@ -283,10 +319,10 @@ def _unpack(tensors: Mapping[str, Array], reference: Adapter | None) -> tuple[Ad
     return adapter, {name: mask.astype(bool) for name, mask in rows.items()}
 
 
-def _read_arrays(records: RecordDict) -> dict[str, Array]:
-    record = records.get(ARRAYS)
+def _read_arrays(records: RecordDict, key: str = ARRAYS) -> dict[str, Array]:
+    record = records.get(key)
     if not isinstance(record, ArrayRecord):
-        raise MessageError(f"no ArrayRecord under {ARRAYS!r}")
+        raise MessageError(f"no ArrayRecord under {key!r}")
     return {key: _read_tensor(key, array) for key, array in record.items()}
 
 

@@ -5,14 +5,18 @@ it is this node's one answer to this question of this run is known from Flower's
 """
 
 import math
+import os
+import re
 from collections.abc import Iterator, Mapping, Set
-from typing import get_args
+from pathlib import Path
+from typing import NamedTuple, get_args
 
 import numpy as np
 
 from protocol.adapter import Adapter, Array, Factors
 from protocol.errors import MessageError
-from protocol.plan import Method, Precision, alike
+from protocol.formats import understood, written
+from protocol.plan import Method, Plan, Precision, alike
 from protocol.product_space import stack
 from protocol.records import Call, Offer
 from protocol.update import Update
@@ -29,9 +33,30 @@ _SMALLEST = {"float32": float(np.finfo(np.float32).tiny), "float64": float(np.fi
 # Rounding of a tensor that was received, put into a model and sent back, as a share of its largest entry. fp32 is not exact:
 # B is divided by the scaling and multiplied again. Coded formats send the difference, and err by a share of that.
 _ROUNDING, _ROUNDING_FP16 = 2**-20, 2**-10
+# At the end of a round an adapter is in memory four times at least: as it was sent, a node's, what it becomes, what is written.
+_COPIES = 4
+# On the wire a tensor has a header, a name and a shape beside its numbers.
+_BESIDE_A_TENSOR = 4096
+# PEFT reads the names of modules as regular expressions, and those of tensors as paths.
+_NAME = re.compile(r"[^\s.^$*+?{}\[\]\\|()]+(\.[^\s.^$*+?{}\[\]\\|()]+)*")
+_RESERVED = "__metadata__"  # by safetensors
 
 
-def check(update: Update, offer: Offer, call: Call, start: Adapter) -> float:
+class Change(NamedTuple):
+    """How far an update is from what it began from.
+
+    Attributes:
+        norm: Frobenius norm of the whole change.
+        apart: Norm that the factors' products would have if no two directions shared anything: the root of the sum of their
+            squared sizes ``|s b_i| |a_i|``. Where it is far above the norm, directions cancel: then what is left of them is
+            their rounding, in every sum that they go into.
+    """
+
+    norm: float
+    apart: float
+
+
+def check(update: Update, offer: Offer, call: Call, start: Adapter) -> Change:
     """Holds an update against what its node offered and was asked.
 
     Dtypes and tensor keys were checked when it was read (``protocol.records``).
@@ -43,8 +68,8 @@ def check(update: Update, offer: Offer, call: Call, start: Adapter) -> float:
         start: What the node's change is counted from (``Start.trained``): factors ``(r, d_in)`` and ``(d_out, r)``.
 
     Returns:
-        Frobenius norm of the whole change: of ``B A - start`` over all modules (of ``A - start`` where B stays at its node)
-        and of the trained rows of dense tensors. A tensor that nobody sent counts from zero.
+        The change: of ``B A - start`` over all modules (of ``A - start`` where B stays at its node) and of the trained rows of
+        dense tensors. A tensor that nobody sent counts from zero.
 
     Raises:
         MessageError: The first thing that does not fit: which tensor, what was found, what was expected.
@@ -56,7 +81,13 @@ def check(update: Update, offer: Offer, call: Call, start: Adapter) -> float:
     _check_rows(update, offer)
     _check_numbers(update.adapter)
     _check_frozen(update, call, start)
-    return math.sqrt(_squared_change(update, call, start))
+    return _change(update, call, start)
+
+
+def most_bytes(offer: Offer, call: Call) -> int:
+    """Bytes that an update may take in memory as it arrives: every number whole, at the rank that was asked."""
+    numbers = _numbers(offer, call.r) + sum(shape[0] for shape in offer.dense.values() if shape)
+    return 4 * numbers + _BESIDE_A_TENSOR * (2 * (len(offer.modules) + len(offer.dense)) + 4)
 
 
 def check_offer(offer: Offer, reference: Offer, method: Method) -> None:
@@ -83,6 +114,46 @@ def check_offer(offer: Offer, reference: Offer, method: Method) -> None:
         raise MessageError(f"tensors: {_difference(offer.dense, reference.dense)}")
 
 
+def check_shape(offer: Offer, plan: Plan, memory: int) -> None:
+    """Holds an offer that others will be held against to what this machine can carry out and keep.
+
+    Args:
+        offer: Of the first node of an adapter. Dimensions and names are within bounds already (``protocol.records``).
+        plan: The adapter's; its method says how an adapter is written.
+        memory: Bytes of this machine's.
+
+    Raises:
+        MessageError: What does not fit.
+    """
+    for name in (*offer.modules, *offer.dense):
+        if not (name.isprintable() and _NAME.fullmatch(name)) or name == _RESERVED:
+            raise MessageError(
+                f"name of a tensor: found {name!r}, expected a path of words without blanks and ()[]{{}}\\^$.|*+?"
+            )
+    if strange := set(offer.embeddings) - offer.modules.keys():
+        raise MessageError(f"embeddings: found {min(strange)!r}, expected modules of the offer")
+    found, most = 4 * _numbers(offer, offer.r), memory // _COPIES
+    if found > most:
+        raise MessageError(
+            f"size: found an adapter of {found / 1e9:.3g} GB at rank {offer.r}, expected at most {most / 1e9:.3g} GB, of which "
+            f"this coordinator's memory holds {_COPIES}"
+        )
+    _check_written(offer, plan)
+
+
+def memory_bytes() -> int:
+    """Of this machine, or of the container that it is; where neither says, of the largest that there are."""
+    try:
+        own = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        own = 2**44
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        limit = ""
+    return min(own, int(limit)) if limit.isdigit() else own
+
+
 def most_examples(call: Call) -> int:
     """Rows that a node can have trained on in a round: exact where the plan counts steps."""
     settings = call.plan.training
@@ -104,6 +175,8 @@ def _check_manifest(update: Update, offer: Offer, call: Call) -> None:
     for what, (found, wanted) in expected.items():
         if found != wanted:
             raise MessageError(f"{what}: found {str(found)[:80]!r}, expected {str(wanted)[:80]!r}")
+    if manifest.embeddings not in ((), offer.embeddings):
+        raise MessageError(f"embeddings: found {len(manifest.embeddings)} other modules than those of the offer, expected none")
     most = most_examples(call)
     if not 1 <= manifest.num_examples <= most:
         raise MessageError(f"num-examples: found {manifest.num_examples}, expected 1 to {most}")
@@ -191,33 +264,70 @@ def _rows_of(pair: Factors, factor: str) -> Array:
     return pair.A.astype(np.float64) if factor == "A" else pair.scaling * pair.B.T.astype(np.float64)
 
 
-def _squared_change(update: Update, call: Call, start: Adapter) -> float:
-    total = 0.0
+def _change(update: Update, call: Call, start: Adapter) -> Change:
+    total = apart = 0.0
     for module, pair in update.adapter.factors.items():
         began = start.factors.get(module)
-        size, change = _squared_norms(pair, began)
-        if size > LARGEST**2:
+        size, own, change = _squared_sizes(pair, began)
+        if max(size, own) > LARGEST**2:
             raise MessageError(
-                f"{module}: found norm {math.sqrt(size):.3g}, expected at most {LARGEST:g}; the training has diverged"
+                f"{module}: found norm {math.sqrt(size):.3g}, and {math.sqrt(own):.3g} where directions do not cancel, "
+                f"expected at most {LARGEST:g}; the training has diverged"
             )
-        if call.personal_b:
-            change = float(np.sum((pair.A - (0.0 if began is None else began.A.astype(np.float64))) ** 2))
-        total += change
+        apart += own
+        total += _squared_step(pair, began) if call.personal_b else change
     for name, tensor in update.adapter.dense.items():
         moved = tensor.astype(np.float64)
         if name in start.dense:
             moved -= start.dense[name]
             moved = moved[update.rows[name]] if name in update.rows else moved
         total += float(np.sum(moved**2))
-    return total
+    return Change(math.sqrt(total), math.sqrt(apart))
 
 
-def _squared_norms(pair: Factors, began: Factors | None) -> tuple[float, float]:
-    """Of ``s B A`` and of its difference to the start, from one Gram matrix; where that cancels, rounding leaves no sign."""
+def _squared_step(pair: Factors, began: Factors | None) -> float:
+    """Of A's change, over the directions that the node sent: the others are averaged without it."""
+    step = pair.A.astype(np.float64)
+    if began is not None:
+        shared = min(pair.r, began.r)
+        step[:shared] -= began.A[:shared]
+    return float(np.sum(step**2))
+
+
+def _squared_sizes(pair: Factors, began: Factors | None) -> tuple[float, float, float]:
+    """Squared norm of ``s B A``, of its directions apart, and of its difference to the start, from one Gram matrix.
+
+    What is less than float32's rounding of the directions, in which they travelled, is no difference. Above that the Gram's own
+    rounding, 1e-16 of their squares, is a hundredth of it at most.
+    """
     left, right = stack([(1.0, pair)] if began is None else [(1.0, pair), (-1.0, began)])
     gram = (left.T @ left) * (right @ right.T)
     own = pair.r if pair.scaling else 0  # terms without weight are not in the stack
-    return float(gram[:own, :own].sum()), max(float(gram.sum()), 0.0)
+    change, rounding = float(gram.sum()), float(np.finfo(np.float32).eps) ** 2 * float(np.trace(gram))
+    own_gram = gram[:own, :own]
+    return max(float(own_gram.sum()), 0.0), float(np.trace(own_gram)), change if change > rounding else 0.0
+
+
+def _numbers(offer: Offer, r: int) -> int:
+    """Of an adapter of rank ``r``."""
+    factors = sum(r * (d_out + d_in) for d_out, d_in in offer.modules.values())
+    return factors + sum(math.prod(shape) for shape in offer.dense.values())
+
+
+def _check_written(offer: Offer, plan: Plan) -> None:
+    """An adapter of such names comes back as it was from the files in which every round is kept."""
+    zero = np.zeros((), np.float32)  # views of it, which take no memory
+    factors = {
+        m: Factors(np.broadcast_to(zero, (1, d_in)), np.broadcast_to(zero, (d_out, 1)))
+        for m, (d_out, d_in) in offer.modules.items()
+    }
+    adapter = Adapter(factors, {name: np.broadcast_to(zero, shape) for name, shape in offer.dense.items()})
+    try:
+        found = understood(*written(adapter, plan, offer.embeddings), Path("adapter")).adapter
+    except Exception as error:  # noqa: BLE001 - names from outside, which our own files must bear
+        raise MessageError(f"names: an adapter of them cannot be kept ({type(error).__name__}: {error})") from None
+    _check_names("kept module", found.factors.keys(), offer.modules.keys())
+    _check_names("kept tensor", found.dense.keys(), offer.dense.keys())
 
 
 def _difference(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> str:

@@ -1,12 +1,16 @@
 """Verbs of a coordinator: ``fedge coordinator status | watch | rounds | resume | export``. They read a federation's folder."""
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from protocol.errors import shown
+
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from server.story import Story
@@ -31,11 +35,7 @@ def status(folder: Folder, as_json: Json = False) -> None:
     if as_json:
         typer.echo(json.dumps(story.summary()))
         return
-    from rich.console import Console
-
-    console = Console()
-    for table in _status_tables(story):
-        console.print(table)
+    _console().print(*_status_tables(story), sep="\n")
 
 
 @coordinator.command()
@@ -48,7 +48,7 @@ def watch(folder: Folder, every: Annotated[float, typer.Option(min=0.1, help="Se
 
     from server.story import read_story
 
-    with Live(refresh_per_second=4) as live:
+    with Live(console=_console(), refresh_per_second=4) as live:
         while True:
             story = read_story(folder)
             live.update(Group(*_status_tables(story)))
@@ -60,15 +60,14 @@ def watch(folder: Folder, every: Annotated[float, typer.Option(min=0.1, help="Se
 @coordinator.command()
 def rounds(folder: Folder, as_json: Json = False) -> None:
     """Every round: who was merged, what was measured, how much was cut off, effective rank, bytes and seconds."""
+    from server.events import finite
     from server.story import read_story
 
     story = read_story(folder)
     if as_json:
-        typer.echo(json.dumps(story.rounds))
+        typer.echo(json.dumps([finite(event.model_dump(exclude_unset=True)) for event in story.rounds]))
         return
-    from rich.console import Console
-
-    Console().print(_rounds_table(story))
+    _console().print(_rounds_table(story))
 
 
 @coordinator.command()
@@ -96,7 +95,9 @@ def resume(
     from protocol.errors import ConfigurationError
     from server.ledger import resumable
 
-    number, file = resumable(folder)
+    number, file, damaged = resumable(folder)
+    for what in damaged:
+        typer.echo(what, err=True)
     typer.echo(f"goes on after round {number}")
     command = ["flwr", "run", *(run or [".", "CONNECTION"]), "--run-config", f'federation="{file}"']
     if run is None:
@@ -107,33 +108,44 @@ def resume(
     raise typer.Exit(subprocess.run(command, check=False).returncode)
 
 
+def _console() -> "Console":
+    """Takes text as it is: names and reasons come from nodes, and could hold what rich would read as its markup."""
+    from rich.console import Console
+
+    return Console(markup=False, emoji=False)
+
+
 def _status_tables(story: "Story") -> "list[Table]":
     from rich.table import Table
 
     head = Table(title=story.name, show_header=False)
     for name, value in story.summary().items():
         if not isinstance(value, dict | list):
-            head.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+            head.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else shown(str(value)))
     nodes = Table("node", "adapter", "method", "r", "rounds", "last refused", title="nodes")
     for name, about in story.nodes.items():
-        cells = [str(about.get(key, "")) for key in ("adapter", "method", "r", "accepted", "refused")]
-        nodes.add_row(name, *cells)
-    measured = Table("node", *story.metrics(), title="measured by the nodes, newest round")
-    for name, metrics in story.evaluation.items():
-        measured.add_row(name, *(_number(metrics.get(metric)) for metric in story.metrics()))
+        cells = (about.get(key, "") for key in ("adapter", "method", "r", "accepted", "refused"))
+        nodes.add_row(*(shown(str(cell)) for cell in (name, *cells)))
+    metrics = story.metrics()
+    measured = Table("node", *map(shown, metrics), title="measured by the nodes, newest round")
+    for name, found in story.evaluation.items():
+        measured.add_row(shown(name), *(_number(found.get(metric)) for metric in metrics))
     return [head, nodes, *([measured] if story.evaluation else [])]
 
 
 def _rounds_table(story: "Story") -> "Table":
     from rich.table import Table
 
+    from server.story import middle
+
+    metrics = story.metrics()
     columns = (
         "round",
         "adapter",
         "merged",
         "refused",
         "silent",
-        *story.metrics(),
+        *map(shown, metrics),
         "cut off",
         "effective rank",
         "MB",
@@ -141,20 +153,19 @@ def _rounds_table(story: "Story") -> "Table":
     )
     table = Table(*columns, title=story.name)
     for event in story.rounds:
-        merge = event.get("merge", {})
-        values = [story.mean_of(event, metric) for metric in story.metrics()]
         table.add_row(
-            str(event["round"]),
-            event.get("adapter", ""),
-            *(str(len(event.get(key, ()))) for key in ("accepted", "refused", "silent")),
-            *(_number(value) for value in values),
-            _number(merge.get("discarded_energy")),
-            _number(merge.get("effective_rank")),
-            f"{(event.get('bytes_sent', 0) + event.get('bytes_received', 0)) / 1e6:.1f}",
-            f"{event.get('seconds', 0):.1f}",
+            str(event.round),
+            shown(event.adapter),
+            *(str(len(names)) for names in (event.accepted, event.refused, event.silent)),
+            *(_number(middle(event, metric)) for metric in metrics),
+            _number(event.merge.get("discarded_energy")),
+            _number(event.merge.get("effective_rank")),
+            f"{(event.bytes_sent + event.bytes_received) / 1e6:.1f}",
+            f"{event.seconds:.1f}",
         )
     return table
 
 
 def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, int | float) else ""
+    """Of whatever the log holds: a whole number may be larger than any float."""
+    return f"{value:.4g}" if isinstance(value, int | float) and abs(value) <= sys.float_info.max else ""

@@ -37,21 +37,25 @@ def evaluate(
     at = {member.node: (track, member) for track in tracks.values() for member in track.members.values()}
     asked = {node: place for node, place in at.items() if node in connected and place[0].manifest}
     published = {name: publisher.publish(name, track.adapter) for name, track in tracks.items() if track.manifest}
+    near = {name: publisher.reference(name, track.stays_near(number)) for name, track in tracks.items()}
     calls = {
-        name: track.call(federation, number, published[name].digest, track.manifest.r)
+        name: track.call(
+            federation, number, published[name].digest, track.manifest.r, reference=each.digest if (each := near[name]) else ""
+        )
         for name, track in tracks.items()
         if track.manifest
     }
 
     def message(node: int, *, whole: bool = False) -> Message:
         track, _ = asked[node]
-        records = publisher.records(calls[track.name], published[track.name], node, whole=whole)
+        records = publisher.records(calls[track.name], published[track.name], node, reference=near[track.name], whole=whole)
         done[track.name].bytes_sent += payload_bytes(records)
         return Message(records, dst_node_id=node, message_type=MessageType.EVALUATE)
 
     def read(node: int, reply: Message) -> dict[str, float]:
         metrics, count = read_metrics(reply.content)
-        publisher.holds(node, published[asked[node][0].name].digest)
+        name = asked[node][0].name
+        publisher.holds(node, published[name].digest, calls[name].reference)
         return metrics | {"num-examples": count}
 
     heard = collect(

@@ -2,6 +2,10 @@
 
 Flower's ``send_and_receive`` waits for the last node or the timeout and hands over all replies at once. Here each reply is
 read as it comes, the wait ends with the first ``enough`` that can be used, and a node may be asked once more.
+
+Replies are pulled one question at a time. The SuperLink forgets what was pulled, so a reply that cannot even be inflated would
+take all others of the same pull with it; and what a reply says of itself, whom it is from and what it answers, is its node's
+own word, but under whose question it lay is not.
 """
 
 import time
@@ -12,10 +16,13 @@ from typing import Generic, TypeVar
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from protocol.errors import FedgeError, shown
+from protocol.errors import MessageError, shown
+from server.inflation import bounded
 
 T = TypeVar("T")
 _POLL_SECONDS = 0.5
+# What a grid raises on a reply that is none. A SuperLink that cannot be reached raises others, and ends the run.
+_NO_MESSAGE = (AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
 
 
 @dataclass
@@ -33,6 +40,116 @@ class Collected(Generic[T]):
     silent: dict[int, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _Question:
+    node: int
+    seconds: float
+    deadline: float
+
+
+class Exchange(Generic[T]):
+    """Questions to nodes, and their replies as they come in.
+
+    Args:
+        grid: Reaches the nodes.
+        read: Makes a result of a reply, or raises a MessageError: the reason for which it is refused.
+        array_bytes: How many bytes of arrays a node's reply may hold.
+        again: A second message for a node that answered with an error of this reason, or None. Each node gets but one.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        read: Callable[[int, Message], T],
+        *,
+        array_bytes: Callable[[int], int] = lambda node: 0,
+        again: Callable[[int, str], Message | None] = lambda node, reason: None,
+    ) -> None:
+        self._grid = grid
+        self._read = read
+        self._array_bytes = array_bytes
+        self._again = again
+        self._asked: dict[str, _Question] = {}
+        self._retried: set[int] = set()
+
+    def ask(self, messages: Mapping[int, Message], seconds: float) -> None:
+        """Sends messages, one per node id, in this order; each is waited for so long at most."""
+        self._push(messages, seconds, time.monotonic() + seconds)
+
+    def waiting(self) -> list[int]:
+        """Ids of the nodes whose reply has not come."""
+        return [question.node for question in self._asked.values()]
+
+    def hear(self, *, wait: bool = True, enough: Callable[[Mapping[int, T]], bool] = lambda results: False) -> Collected[T]:
+        """What has come in since the last time, and who has let the time pass.
+
+        Args:
+            wait: Until there is ``enough``, or no reply is to come any more. Otherwise every question is looked at once.
+            enough: Whether the results so far suffice; nobody else is waited for then.
+        """
+        found: Collected[T] = Collected()
+        while self._asked and not enough(found.results):
+            before = list(self._asked)
+            for message_id in before:
+                self._look(message_id, found)
+                if enough(found.results):
+                    return found
+            if not wait:
+                break
+            if list(self._asked) == before:
+                time.sleep(_POLL_SECONDS)
+        return found
+
+    def _look(self, message_id: str, found: Collected[T]) -> None:
+        question = self._asked[message_id]
+        if time.monotonic() > question.deadline:
+            del self._asked[message_id]
+            found.silent[question.node] = f"no reply within {question.seconds:g} s"
+            return
+        try:
+            with bounded(self._array_bytes(question.node)):
+                replies = list(self._grid.pull_messages([message_id]))
+        except MessageError as error:
+            del self._asked[message_id]
+            found.refused[question.node] = str(error)
+            return
+        except _NO_MESSAGE as error:
+            del self._asked[message_id]
+            found.refused[question.node] = f"the reply: found what is no message ({type(error).__name__})"
+            return
+        for reply in replies:
+            # A second answer to one question, an answer to another, or one by somebody who was not asked. Errors may be the
+            # SuperLink's own: that the node has gone.
+            at_home = reply.has_error() or reply.metadata.src_node_id == question.node
+            if message_id in self._asked and at_home and reply.metadata.reply_to_message_id == message_id:
+                del self._asked[message_id]
+                self._take(question, reply, found)
+
+    def _take(self, question: _Question, reply: Message, found: Collected[T]) -> None:
+        node = question.node
+        if reply.has_error():
+            reason = reply.error.reason or str(reply.error.code)
+            once_more = None if node in self._retried else self._again(node, reason)
+            if once_more is None:
+                found.silent[node] = shown(f"the node answered with an error: {reason}", 200)
+            else:
+                self._retried.add(node)
+                self._push({node: once_more}, question.seconds, question.deadline)
+        elif not reply.has_content():
+            found.refused[node] = "the reply holds neither content nor an error"
+        else:
+            try:
+                found.results[node] = self._read(node, reply)
+            except MessageError as error:
+                found.refused[node] = str(error)
+
+    def _push(self, messages: Mapping[int, Message], seconds: float, deadline: float) -> None:
+        ids = list(self._grid.push_messages(list(messages.values()))) or [""] * len(messages)
+        # A message that the SuperLink refuses gets no id; its node counts as one that never replied.
+        for node, message_id in zip(messages, ids, strict=True):
+            self._asked[message_id or f"unsent-{node}"] = _Question(node, seconds, deadline)
+
+
 def collect(
     grid: Grid,
     messages: Mapping[int, Message],
@@ -40,6 +157,7 @@ def collect(
     *,
     seconds: float,
     enough: Callable[[Mapping[int, T]], bool] = lambda results: False,
+    array_bytes: Callable[[int], int] = lambda node: 0,
     again: Callable[[int, str], Message | None] = lambda node, reason: None,
 ) -> Collected[T]:
     """Asks nodes and reads their replies.
@@ -47,52 +165,14 @@ def collect(
     Args:
         grid: Reaches the nodes.
         messages: One per node id, in the order in which they go out.
-        read: Makes a result of a reply, or raises a FedgeError: the reason for which it is refused.
+        read: As for ``Exchange``.
         seconds: Longest wait for all of them.
         enough: Whether the results so far suffice; nobody else is waited for then.
-        again: A second message for a node that answered with an error of this reason, or None. Each node gets but one.
+        array_bytes: As for ``Exchange``.
+        again: As for ``Exchange``.
     """
-    found: Collected[T] = Collected()
-    asked = _push(grid, messages)
-    retried: set[int] = set()
-    deadline = time.monotonic() + seconds
-    while asked and not enough(found.results):
-        if time.monotonic() > deadline:
-            break
-        replies = list(grid.pull_messages(list(asked)))
-        for reply in replies:
-            node = asked.get(reply.metadata.reply_to_message_id)
-            # A second answer to one question, an answer to none, or one by somebody who was not asked it.
-            if node is None or reply.metadata.src_node_id != node:
-                continue
-            del asked[reply.metadata.reply_to_message_id]
-            if not (reply.has_error() or reply.has_content()):
-                found.refused[node] = "the reply holds neither content nor an error"
-                continue
-            if reply.has_error():
-                reason = reply.error.reason or str(reply.error.code)
-                once_more = None if node in retried else again(node, reason)
-                if once_more is None:
-                    found.silent[node] = shown(f"the node answered with an error: {reason}", 200)
-                else:
-                    retried.add(node)
-                    asked |= _push(grid, {node: once_more})
-                continue
-            try:
-                found.results[node] = read(node, reply)
-            except FedgeError as error:
-                found.refused[node] = str(error)
-            if enough(found.results):
-                break
-        if not replies:
-            time.sleep(_POLL_SECONDS)
-    late = f"no reply within {seconds:g} s" if time.monotonic() > deadline else "not needed: enough others were faster"
-    found.silent |= dict.fromkeys(asked.values(), late)
+    exchange = Exchange(grid, read, array_bytes=array_bytes, again=again)
+    exchange.ask(messages, seconds)
+    found = exchange.hear(enough=enough)
+    found.silent |= dict.fromkeys(exchange.waiting(), "not needed: enough others were faster")
     return found
-
-
-def _push(grid: Grid, messages: Mapping[int, Message]) -> dict[str, int]:
-    nodes = list(messages)
-    ids = list(grid.push_messages([messages[node] for node in nodes])) or [""] * len(nodes)
-    # A message that the SuperLink refuses gets no id; its node counts as one that never replied.
-    return {message_id or f"unsent-{node}": node for node, message_id in zip(nodes, ids, strict=True)}

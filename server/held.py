@@ -12,10 +12,11 @@ from types import TracebackType
 from typing import Self
 
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from protocol.adapter import Adapter, Array, Factors
+from protocol.errors import FederationError
 from protocol.manifest import Manifest
 from protocol.update import Update
 
@@ -43,15 +44,26 @@ class Held:
             self._folder.cleanup()
 
     def put(self, node: int, update: Update) -> None:
-        """Keeps a node's update."""
+        """Keeps a node's update.
+
+        Raises:
+            FederationError: It cannot be written, as when the disk is full.
+        """
         size = update.adapter.nbytes()
         if size <= self._free:
             self._free -= size
             self._memory[node] = update
             return
-        self._folder = self._folder or tempfile.TemporaryDirectory(prefix="fedge-held-")
-        self._files[node] = Path(self._folder.name) / f"{node}.safetensors"
-        _write(self._files[node], update)
+        try:
+            self._folder = self._folder or tempfile.TemporaryDirectory(prefix="fedge-held-")
+            path = Path(self._folder.name) / f"{node}.safetensors"
+            _write(path, update)
+        except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a disk that is full
+            raise FederationError(
+                f"cannot keep the updates of this round: {error}; free some room in the temporary folder, or set TMPDIR to one "
+                "with more"
+            ) from None
+        self._files[node] = path
 
     def take(self, node: int) -> Update:
         """A node's update; it is forgotten here."""

@@ -7,25 +7,40 @@ round whose checksums hold.
 import hashlib
 import json
 import logging
-import math
 import os
+import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from protocol.adapter import Adapter, Array, Factors
-from protocol.errors import AdapterError, FederationError
-from protocol.files import CONFIG, MANIFEST, WEIGHTS, read_adapter, save_adapter, whole_folder, write_whole
+from protocol.codec import encode
+from protocol.errors import AdapterError, FederationError, FedgeError, shown
+from protocol.federation import Federation
+from protocol.files import MANIFEST, read_adapter, save_adapter, whole_folder, write_whole
+from protocol.formats import CONFIG, WEIGHTS
 from protocol.manifest import Manifest
+from protocol.plan import Plan
+from server.events import FILE as EVENTS
+from server.events import TENSORBOARD, finite
 
 log = logging.getLogger("flwr")
+T = TypeVar("T")
 ROUND, STATE, ARRAYS, CHECKSUMS = "round.json", "state.json", "state.safetensors", "checksums.json"
 DESCRIPTION, ENDED, ROUNDS, DAMAGED = "federation.json", "ended.json", "rounds", "damaged"
+RESUME, ADAPTER, ADAPTERS = "resume.yaml", "adapter", "adapters"
+# An adapter's name (``protocol.federation.AdapterName``), and which part of it after splits.
+_PLACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}(/part-[12])*")
 
 
 @dataclass(frozen=True)
@@ -43,7 +58,7 @@ class RoundRecord:
         evaluation_refused: Reason by node name, of those that could not measure.
         norms: Size of each accepted update's change, in product space.
         merge: What the aggregation reported.
-        bytes_sent, bytes_received: Of adapters, as packed on the wire.
+        bytes_sent, bytes_received: Of adapters, as packed on the wire; what was refused unread is no adapter.
         seconds: From the first message to the merged adapter.
     """
 
@@ -69,14 +84,13 @@ class Kept:
     Attributes:
         record: The round.
         adapter, manifest: What it made.
-        base_model, task_type: Names for ``adapter_config.json``.
+        plan: What it was trained with, for ``adapter_config.json``.
     """
 
     record: RoundRecord
     adapter: Adapter
     manifest: Manifest
-    base_model: str = ""
-    task_type: str = "CAUSAL_LM"
+    plan: Plan
 
 
 @dataclass(frozen=True)
@@ -88,14 +102,49 @@ class Checkpoint:
         kept: One per adapter, by its name.
         state: What the rest of the coordinator must remember, as JSON.
         arrays: The same, as arrays.
-        damaged: What was found damaged on the way to this round, and moved aside.
     """
 
     round: int
     kept: Mapping[str, Kept]
     state: Mapping[str, Any] = field(default_factory=dict)
     arrays: Mapping[str, Array] = field(default_factory=dict)
-    damaged: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a folder holds of a run that died.
+
+    Attributes:
+        checkpoint: After its newest good round; None where there is nothing to go on from.
+        damaged: Newer rounds, and why each cannot be read.
+    """
+
+    checkpoint: Checkpoint | None = None
+    damaged: Mapping[Path, str] = field(default_factory=dict)
+
+    def told(self) -> list[str]:
+        """What is damaged, a line each."""
+        return [f"round {int(path.name)} is damaged ({why})" for path, why in self.damaged.items()]
+
+
+class _Described(BaseModel):
+    plan: Plan
+    empty: tuple[str, ...]
+
+
+class _State(BaseModel):
+    """``state.json``. The identity stands here too: ``federation.json`` may be lost, and the rounds are not.
+
+    ``empty`` names the modules without directions. PEFT's files know no rank 0 (``protocol.formats``): theirs are of rank 1.
+    """
+
+    identity: str
+    round: int
+    adapters: dict[str, _Described]
+    state: dict[str, Any]
+
+
+_RECORD, _STATE, _OBJECT = TypeAdapter(RoundRecord), TypeAdapter(_State), TypeAdapter(dict[str, Any])
 
 
 class Ledger:
@@ -103,6 +152,8 @@ class Ledger:
 
     ``rounds/0001/`` holds a PEFT adapter, its manifest and ``round.json``, and the coordinator's state; ``adapter/`` is a copy
     of the newest adapter. Where there are several adapters they lie in ``rounds/0001/adapters/NAME/`` and ``adapters/NAME/``.
+
+    Whatever writes raises a FederationError where the disk does not take it, and leaves every earlier round as it was.
 
     Args:
         folder: Created when the first round is kept.
@@ -112,74 +163,134 @@ class Ledger:
     def __init__(self, folder: Path, *, identity: str) -> None:
         self.folder = folder
         self._identity = identity
+        self._last = 0
+
+    def check(self) -> None:
+        """Tries whether the folder can be written: nobody should train for one that cannot. Leaves nothing behind.
+
+        Raises:
+            FederationError: It cannot, or something in it is a link.
+        """
+        try:
+            there = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists() or path.is_symlink())
+            tempfile.TemporaryDirectory(dir=there).cleanup()
+            _refuse_links(self.folder)
+        except OSError as error:
+            raise FederationError(
+                f"output {shown(str(self.folder), 200)} cannot be written ({error.strerror or error}); name another folder"
+            ) from None
 
     def keep(self, checkpoint: Checkpoint) -> Path:
         """Writes one round; returns its folder.
 
         Raises:
-            FederationError: The disk does not take it; every earlier round is as it was.
+            FederationError: The disk does not take it, or it would not be read back as it is.
         """
-        if checkpoint.round == 1:
-            self._move_aside()
-        target = self.folder / ROUNDS / f"{checkpoint.round:04d}"
-        try:
+        number = checkpoint.round
+        target = self.folder / ROUNDS / f"{number:04d}"
+        with self._disk(f"round {number}"):
+            if number == 1:
+                self._move_aside()
             with whole_folder(target) as draft:
-                for name, kept in checkpoint.kept.items():
-                    _save(place_of(draft, name, single=""), kept)
-                state = {"round": checkpoint.round, "adapters": sorted(checkpoint.kept), "state": checkpoint.state}
-                (draft / STATE).write_text(json.dumps(state, allow_nan=False), encoding="utf-8")
-                (draft / ARRAYS).write_bytes(save({name: np.asarray(a, order="C") for name, a in checkpoint.arrays.items()}))
+                self._write(draft, checkpoint)
                 _seal(draft)
+        self._last = number
+        with self._disk(f"the copy of round {number}"):
             self._copy_newest(target, checkpoint.kept)
-        except OSError as error:
-            last = f"the last good one is {checkpoint.round - 1}" if checkpoint.round > 1 else "there is none before it"
-            raise FederationError(
-                f"round {checkpoint.round} cannot be kept in {self.folder} ({error.strerror or type(error).__name__}); {last}; "
-                "make room, then start the same federation again: it goes on from there"
-            ) from None
         return target
 
     def describe(self, facts: Mapping[str, Any]) -> None:
         """Writes ``federation.json``: what was published and what each node offered."""
-        write_whole(self.folder / DESCRIPTION, json.dumps({"identity": self._identity, **facts}, indent=2, default=str))
+        with self._disk(DESCRIPTION):
+            write_whole(self.folder / DESCRIPTION, json.dumps({"identity": self._identity, **facts}, indent=2, default=str))
 
     def end(self, number: int, reason: str) -> None:
         """Marks the run as ended: the same federation, started again, begins anew."""
-        write_whole(self.folder / ENDED, json.dumps({"round": number, "reason": reason}))
+        with self._disk(ENDED):
+            write_whole(self.folder / ENDED, json.dumps({"round": number, "reason": reason}))
 
-    def newest(self) -> Checkpoint | None:
-        """The last good round of a run of this federation that has not ended; None where there is nothing to go on from.
-
-        A round whose checksums do not hold is moved to ``damaged/`` and named in ``Checkpoint.damaged``.
-        """
-        if not self._is_ours() or (self.folder / ENDED).exists():
-            return None
-        damaged: list[str] = []
-        for folder in sorted((self.folder / ROUNDS).glob("[0-9]*"), reverse=True):
+    def newest(self) -> Found:
+        """The last good round of a run of this federation that has not ended. Changes nothing."""
+        damaged: dict[Path, str] = {}
+        if (self.folder / ENDED).exists():
+            return Found()
+        for folder in reversed(_rounds(self.folder)):
             try:
                 _check_seal(folder)
-                found = self._read(folder, damaged)
-            except (AdapterError, OSError, ValueError, KeyError) as error:
+                identity, checkpoint = _read(folder)
+            except (FedgeError, OSError, ValueError, SafetensorError) as error:
+                damaged[folder] = shown(" ".join(str(error).split()))
+                continue
+            return Found(checkpoint, damaged) if identity == self._identity else Found()
+        return Found(damaged=damaged)
+
+    def mend(self, found: Found) -> list[str]:
+        """Readies the folder for going on with what ``newest`` found there.
+
+        Damaged rounds go to ``damaged/``, drafts of a coordinator that was killed go for good, and the newest adapter is copied
+        again: it may have died between keeping a round and copying it.
+
+        Returns:
+            What was damaged, and what became of it, a line each.
+        """
+        said = []
+        with self._disk("what was found damaged"):
+            for folder, line in zip(found.damaged, found.told(), strict=True):
                 aside = _free(self.folder / DAMAGED / folder.name)
                 aside.parent.mkdir(exist_ok=True)
                 folder.rename(aside)
-                damaged.append(f"round {int(folder.name)} is damaged ({error}); it was moved to {aside}")
-                log.warning("%s", damaged[-1])
-                continue
-            self._copy_newest(folder, found.kept)  # it may have died between keeping the round and copying it
-            return found
-        return None
+                said.append(f"{line}; it was moved to {aside}")
+            for draft in _drafts(self.folder):
+                if draft.is_dir():
+                    shutil.rmtree(draft)
+                else:
+                    draft.unlink(missing_ok=True)
+            if found.checkpoint:
+                self._last = found.checkpoint.round
+                self._copy_newest(self.folder / ROUNDS / f"{self._last:04d}", found.checkpoint.kept)
+        if found.checkpoint and not self._is_described():
+            said.append(f"{DESCRIPTION} is missing or damaged; it is written again")
+        for line in said:
+            log.warning("%s", line)
+        return said
 
-    def _is_ours(self) -> bool:
+    @contextmanager
+    def _disk(self, what: str) -> Iterator[None]:
         try:
-            found = json.loads((self.folder / DESCRIPTION).read_text(encoding="utf-8"))
-            return bool(found["identity"] == self._identity)
-        except (OSError, ValueError, KeyError, TypeError):
+            yield
+        except (OSError, SafetensorError) as error:
+            last = f"the last good one is {self._last}" if self._last else "there is none before it"
+            raise FederationError(
+                f"{what} cannot be kept in {self.folder} ({getattr(error, 'strerror', None) or error}); {last}; "
+                "make room, then start the same federation again: it goes on from there"
+            ) from None
+
+    def _write(self, draft: Path, checkpoint: Checkpoint) -> None:
+        """Names and shapes of tensors come from nodes: what files would not give back as it is must end the run before."""
+        try:
+            _write(draft, checkpoint, self._identity)
+            _, found = _read(draft)
+            wrong = [
+                n for n, k in checkpoint.kept.items() if found.kept[n].adapter.digest() != encode(k.adapter, "fp32").digest()
+            ]
+            problem = f"read back, adapter {wrong[0]!r} is another" if wrong else ""
+        except (FedgeError, LookupError, ValueError) as error:
+            problem = shown(" ".join(str(error).split()))
+        if problem:
+            raise FederationError(
+                f"round {checkpoint.round} cannot be kept in {self.folder}: {problem}; the last good round is {self._last}; "
+                "files of this method cannot hold tensors of such names and shapes: go on without the nodes that offered them"
+            )
+
+    def _is_described(self) -> bool:
+        try:
+            return bool(_json(self.folder / DESCRIPTION, _OBJECT).get("identity") == self._identity)
+        except (OSError, ValueError):
             return False
 
     def _move_aside(self) -> None:
         """An earlier run's rounds must not mix with these."""
-        there = [self.folder / name for name in (ROUNDS, DAMAGED, DESCRIPTION, ENDED, "events.jsonl", "tensorboard")]
+        there = [self.folder / name for name in (ROUNDS, DAMAGED, DESCRIPTION, ENDED, EVENTS, TENSORBOARD)]
         if not any(path.exists() for path in there):
             return
         aside = _free(self.folder / "before")
@@ -192,23 +303,37 @@ class Ledger:
         for name in names:
             _copy(place_of(rounds, name, single=""), place_of(self.folder, name))
 
-    def _read(self, folder: Path, damaged: Sequence[str]) -> Checkpoint:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        kept = {}
-        for name in state["adapters"]:
-            place = place_of(folder, name, single="")
-            adapter, manifest = read_adapter(place)
-            if manifest is None:
-                raise AdapterError(f"{place}: no manifest")
-            record = RoundRecord(**json.loads((place / ROUND).read_text(encoding="utf-8")))
-            kept[name] = Kept(record, _without_room(adapter), manifest)
-        return Checkpoint(state["round"], kept, state["state"], load((folder / ARRAYS).read_bytes()), tuple(damaged))
+
+def _rounds(folder: Path) -> list[Path]:
+    """Folders of rounds, oldest first; what else lies there, as somebody's copy of one, is none."""
+    there = [path for path in (folder / ROUNDS).glob("*") if re.fullmatch("[0-9]{4,9}", path.name)]
+    return sorted((path for path in there if path.is_dir() and not path.is_symlink()), key=lambda path: int(path.name))
 
 
-def _save(folder: Path, kept: Kept) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    save_adapter(folder, kept.adapter, kept.manifest, base_model=kept.base_model, task_type=kept.task_type)
-    (folder / ROUND).write_text(json.dumps(_finite(asdict(kept.record)), indent=2, allow_nan=False), encoding="utf-8")
+def _write(folder: Path, checkpoint: Checkpoint, identity: str) -> None:
+    described = {}
+    for name, kept in checkpoint.kept.items():
+        place = place_of(folder, name, single="")
+        place.mkdir(parents=True, exist_ok=True)
+        save_adapter(place, kept.adapter, kept.manifest, kept.plan)
+        (place / ROUND).write_text(json.dumps(finite(asdict(kept.record)), indent=2, allow_nan=False), encoding="utf-8")
+        described[name] = _Described(plan=kept.plan, empty=tuple(m for m, r in kept.adapter.ranks().items() if not r))
+    state = _State(identity=identity, round=checkpoint.round, adapters=described, state=dict(checkpoint.state))
+    (folder / STATE).write_text(json.dumps(state.model_dump(mode="json"), allow_nan=False), encoding="utf-8")
+    (folder / ARRAYS).write_bytes(save({name: np.asarray(a, order="C") for name, a in checkpoint.arrays.items()}))
+
+
+def _read(folder: Path) -> tuple[str, Checkpoint]:
+    """A round, and the identity of the federation that it belongs to."""
+    state = _json(folder / STATE, _STATE)
+    kept = {}
+    for name, about in state.adapters.items():
+        place = place_of(folder, name, single="")
+        adapter, manifest = read_adapter(place)
+        if manifest is None:
+            raise AdapterError(f"{place}: no manifest")
+        kept[name] = Kept(_json(place / ROUND, _RECORD), _without_room(adapter, about.empty), manifest, about.plan)
+    return state.identity, Checkpoint(state.round, kept, state.state, load((folder / ARRAYS).read_bytes()))
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -218,17 +343,43 @@ def _copy(source: Path, target: Path) -> None:
             shutil.copyfile(source / file, draft / file)
 
 
-def place_of(folder: Path, name: str, *, single: str = "adapter") -> Path:
-    """Where the adapter of a name lies in a federation's folder; ``single`` is the place of the only one, without a name."""
-    return folder / "adapters" / name if name else folder / single
+def place_of(folder: Path, name: str, *, single: str = ADAPTER) -> Path:
+    """Where the adapter of a name lies in a federation's folder; ``single`` is the place of the only one, without a name.
+
+    Raises:
+        AdapterError: It is no adapter's name.
+    """
+    if name and not _PLACE.fullmatch(name):
+        raise AdapterError(f"adapter {shown(name, 80)!r}: found no name of an adapter; expected letters, digits, - and _")
+    return folder / ADAPTERS / name if name else folder / single
+
+
+def _refuse_links(folder: Path) -> None:
+    """What is written, moved and replaced must lie in the folder itself, whoever made it."""
+    places = [folder / name for name in (ROUNDS, DAMAGED, ADAPTER, ADAPTERS, EVENTS, TENSORBOARD)]
+    for path in chain(places, (folder / ADAPTERS).rglob("*")):
+        if path.is_symlink():
+            raise FederationError(f"{path}: found a link, expected a file or folder of the federation's own; remove it")
+
+
+def _drafts(folder: Path) -> list[Path]:
+    """What a coordinator that was killed has begun to write (``protocol.files``)."""
+    single = [draft for name in (ADAPTER, DESCRIPTION, ENDED, RESUME) for draft in folder.glob(f".{name}-*")]
+    return [*single, *(folder / ROUNDS).glob(".[0-9]*-*"), *(folder / ADAPTERS).rglob(".*-*")]
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Everything in a folder but its folders and its checksums, by its path there."""
+    there = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
+    return {name: path for name, path in sorted(there.items()) if name != CHECKSUMS}
 
 
 def _seal(folder: Path) -> None:
     """Checksums of every file, and all of it forced to the disk: a power loss leaves the folder whole or leaves none."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    sums = {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    files = _files(folder)
+    sums = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
     (folder / CHECKSUMS).write_text(json.dumps(sums, indent=2), encoding="utf-8")
-    for path in [*files, folder / CHECKSUMS, folder]:
+    for path in [*files.values(), folder / CHECKSUMS, folder]:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -237,26 +388,34 @@ def _seal(folder: Path) -> None:
 
 
 def _check_seal(folder: Path) -> None:
-    sums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
-    for name, wanted in sums.items():
-        if hashlib.sha256((folder / name).read_bytes()).hexdigest() != wanted:
-            raise ValueError(f"{name} is not what was written")
+    """Every file is there and as it was written, and none besides: what has no checksum was not kept by us."""
+    sums, files = _json(folder / CHECKSUMS, _OBJECT), _files(folder)
+    if odd := sorted(sums.keys() ^ files.keys()):
+        raise ValueError(f"{shown(odd[0], 80)} is {'missing' if odd[0] in sums else 'not of this round'}")
+    for name, path in files.items():
+        if path.is_symlink() or not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sums[name]:
+            raise ValueError(f"{shown(name, 80)} is not what was written")
 
 
-def _without_room(adapter: Adapter) -> Adapter:
-    """Files know no rank 0 (``protocol.files``): a pair of rank 1 that is all zeros was one without directions."""
-    return Adapter({module: _emptied(pair) for module, pair in adapter.factors.items()}, adapter.dense)
+def _json(path: Path, kind: TypeAdapter[T]) -> T:
+    """What a file holds; a ValueError where it is missing, a link, or holds something else."""
+    if path.is_symlink() or not path.is_file():
+        raise ValueError(f"{path.name} is missing")
+    try:
+        return kind.validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in (path.name, *first["loc"]))
+        raise ValueError(f"{where}: {first['msg'][:1].lower()}{first['msg'][1:]}") from None
 
 
-def _emptied(pair: Factors) -> Factors:
-    return pair if pair.r != 1 or pair.A.any() or pair.B.any() else Factors(pair.A[:0], pair.B[:, :0], pair.scaling)
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows neither NaN nor infinity: they become null."""
-    if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _without_room(adapter: Adapter, empty: Iterable[str]) -> Adapter:
+    """Directions that files needed are taken from the modules that have none."""
+    factors = dict(adapter.factors)
+    for module in empty:
+        pair = factors[module]
+        factors[module] = Factors(pair.A[:0], pair.B[:, :0], pair.scaling)
+    return Adapter(factors, adapter.dense)
 
 
 def _free(path: Path) -> Path:
@@ -274,40 +433,45 @@ def export(folder: Path, target: Path, adapter: str = "", number: int | None = N
     """
     if target.exists():
         raise AdapterError(f"{target}: is there already; name a new folder")
-    there = sorted(path for path in (folder / ROUNDS).glob("[0-9]*") if number is None or int(path.name) == number)
+    there = [path for path in _rounds(folder) if number is None or int(path.name) == number]
     if not there:
         raise AdapterError(f"{folder / ROUNDS}: no {'round' if number is None else f'round {number}'} is kept here")
-    source = place_of(there[-1], adapter, single="")
-    if not (source / WEIGHTS).is_file():
-        names = sorted(path.name for path in (there[-1] / "adapters").glob("*"))
-        said = f"expected one of {', '.join(names)} (--adapter)" if names else "the federation has one adapter, without a name"
-        raise AdapterError(f"adapter {adapter!r} is not in {there[-1]}; {said}")
     try:
         _check_seal(there[-1])
     except (OSError, ValueError) as error:
         raise AdapterError(f"{there[-1]}: damaged ({error}); export an earlier round") from None
+    source = place_of(there[-1], adapter, single="")
+    if not (source / WEIGHTS).is_file():
+        inside = there[-1] / ADAPTERS
+        names = sorted(path.parent.relative_to(inside).as_posix() for path in inside.rglob(WEIGHTS))
+        said = f"expected one of {', '.join(names)} (--adapter)" if names else "the federation has one adapter, without a name"
+        raise AdapterError(f"adapter {adapter!r} is not in {there[-1]}; {shown(said)}")
     _copy(source, target)
     return int(there[-1].name)
 
 
-def resumable(folder: Path) -> tuple[int, Path]:
-    """The round after which a federation that died goes on, and a file that ``flwr run`` takes to do so.
+def resumable(folder: Path) -> tuple[int, Path, list[str]]:
+    """The round after which a federation that died goes on, a file that ``flwr run`` takes to do so, and what is damaged.
+
+    Nothing in the folder is changed but that file: the coordinator of this federation may well be running.
 
     Raises:
         AdapterError: There is no federation, it has ended, or none of its rounds is good.
     """
     try:
-        described = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-        identity, federation = described["identity"], described["federation"]
-    except (OSError, ValueError, KeyError, TypeError):
+        federation = Federation.model_validate(_json(folder / DESCRIPTION, _OBJECT)["federation"])
+    except (OSError, ValueError, KeyError):
         raise AdapterError(
-            f"{folder / DESCRIPTION}: not there or not readable; name the output folder of a federation"
+            f"{folder / DESCRIPTION}: not there or not readable; name the output folder of a federation, or start the "
+            "federation from its own file: it goes on from its last good round"
         ) from None
     if (folder / ENDED).exists():
         raise AdapterError(f"{folder}: the run has ended; start its federation again for a new one")
-    found = Ledger(folder, identity=identity).newest()
-    if found is None:
-        raise AdapterError(f"{folder}: no good round is left; start the federation again, it begins anew")
-    file = folder / "resume.yaml"
-    write_whole(file, json.dumps(federation | {"output": str(folder.resolve())}, indent=2))
-    return found.round, file.resolve()
+    found = Ledger(folder, identity=federation.identity()).newest()
+    if found.checkpoint is None:
+        raise AdapterError(
+            "; ".join([f"{folder}: no good round is left", *found.told(), "start the federation again, it begins anew"])
+        )
+    file = folder / RESUME
+    write_whole(file, json.dumps(federation.model_dump(mode="json") | {"output": str(folder.resolve())}, indent=2))
+    return found.checkpoint.round, file.resolve(), found.told()

@@ -68,6 +68,7 @@ class Publisher:
         self._wire = wire_down
         self._chains: dict[str, _Chain] = {}
         self._held: dict[int, list[str]] = {}
+        self._references: dict[int, str] = {}
         self._round = 0
         self._records: dict[str, RecordDict] = {}
 
@@ -89,56 +90,70 @@ class Publisher:
             self._chains[key] = chain = _Chain(adapter, digest, published)
         return chain.published
 
-    def records(self, call: Call, published: Published, node: int, *, whole: bool = False) -> RecordDict:
-        """A call with its adapter, in the smallest form that the node can read.
+    def reference(self, key: str, adapter: Adapter | None) -> Published | None:
+        """The adapter that nodes of a chain stay near, as it arrived when the chain published it."""
+        return self.publish(f"{key}/reference", adapter) if adapter else None
+
+    def records(
+        self, call: Call, published: Published, node: int, *, reference: Published | None = None, whole: bool = False
+    ) -> RecordDict:
+        """A call with its adapters, in the smallest form that the node can read.
 
         Args:
             call: Names the digest of ``published``.
             published: Its adapter.
             node: To whom it goes.
+            reference: The adapter of the call's ``reference``.
             whole: The node has said that it does not hold what it should.
         """
         if whole:
             self._held.pop(node, None)
+            self._references.pop(node, None)
         held = self._held.get(node, [])
+        known = call.reference in ("", call.digest, self._references.get(node))
+        beside = None if reference is None or known else reference.whole
         if not published.whole:
-            return self._shared(_told(call, self._wire, ""), None)
+            return self._shared(_told(call, self._wire, ""), None, beside)
         if published.digest in held:
-            return self._shared(_told(call, self._wire, published.digest), None)
+            return self._shared(_told(call, self._wire, published.digest), None, beside)
         if published.delta is not None and not whole and published.delta_of in ("", *held):
-            return self._shared(_told(call, self._wire, published.delta_of), published.delta)
-        return self._shared(_told(call, self._wire, ""), published.whole)
+            return self._shared(_told(call, self._wire, published.delta_of), published.delta, beside)
+        return self._shared(_told(call, self._wire, ""), published.whole, beside)
 
-    def _shared(self, call: Call, arrays: Mapping[str, Array] | None) -> RecordDict:
+    def _shared(self, call: Call, arrays: Mapping[str, Array] | None, reference: Mapping[str, Array] | None) -> RecordDict:
         """Records of this round that say the same are one object: a thousand nodes of one rank cost one adapter of memory."""
         if call.round != self._round:
             self._round, self._records = call.round, {}
-        said = f"{id(arrays)} {call.model_dump_json()}"
+        said = f"{id(arrays)} {id(reference)} {call.model_dump_json()}"
         if said not in self._records:
-            self._records[said] = call_records(call, arrays)
+            self._records[said] = call_records(call, arrays, reference)
         return self._records[said]
 
-    def holds(self, node: int, digest: str) -> None:
-        """A node has answered a call that brought it the adapter of this digest."""
+    def holds(self, node: int, digest: str, reference: str = "") -> None:
+        """A node has answered a call that brought it the adapters of these digests."""
+        self._references[node] = reference
         if self._wire in CODED:
             held = [known for known in self._held.get(node, []) if known != digest]
             self._held[node] = [*held, digest][-_REMEMBERED:]
 
     def state(self) -> tuple[dict[str, Array], dict[str, Any]]:
         """What must outlive the coordinator, as arrays and as JSON."""
+        references = {str(node): digest for node, digest in sorted(self._references.items()) if digest}
         if self._wire not in CODED:
-            return {}, {}
+            return {}, {"references": references} if references else {}
         arrays: dict[str, Array] = {}
         chains = []
         for at, (key, chain) in enumerate(sorted(self._chains.items())):
             chains.append({"key": key, "digest": chain.digest, "delta_of": chain.published.delta_of})
             arrays |= {f"{at} whole {name}": array for name, array in chain.published.whole.items()}
             arrays |= {f"{at} delta {name}": array for name, array in (chain.published.delta or {}).items()}
-        return arrays, {"chains": chains, "held": {str(node): held for node, held in sorted(self._held.items())}}
+        held = {str(node): held for node, held in sorted(self._held.items())}
+        return arrays, {"chains": chains, "held": held, "references": references}
 
     def restore(self, arrays: Mapping[str, Array], facts: Mapping[str, Any]) -> None:
         """Puts ``state()`` of an earlier process back: what follows is what would have followed there, bit by bit."""
         self._held = {int(node): list(held) for node, held in facts.get("held", {}).items()}
+        self._references = {int(node): digest for node, digest in facts.get("references", {}).items()}
         self._chains = {}
         for at, chain in enumerate(facts.get("chains", ())):
             whole, delta = _part(arrays, f"{at} whole "), _part(arrays, f"{at} delta ")

@@ -7,30 +7,37 @@ at round 1 and merges absolute arrays; this loop goes on where a coordinator die
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from statistics import median_high, median_low
 from typing import Any
 
+import numpy as np
 from flwr.serverapp import Grid
 
-from protocol.adapter import Adapter, Array
-from protocol.errors import FederationError
+from protocol.adapter import Adapter, Array, Factors
+from protocol.codec import pack, unpack
+from protocol.errors import AdapterError, DataError, FederationError
 from protocol.federation import Federation
+from protocol.files import read_adapter
 from protocol.manifest import Manifest
+from protocol.product_space import at_rank
 from protocol.records import Offer
 from server.aggregation.registry import make
 from server.evaluation_round import Measured, evaluate
-from server.events import EventLog
+from server.events import EventLog, finite
 from server.ledger import Checkpoint, Kept, Ledger, RoundRecord
 from server.membership import Membership
 from server.publishing import Publisher
 from server.standing import Standing
+from server.story import read_story
 from server.track import Track
 from server.training_round import Trained, TrainingRound, described
 
 log = logging.getLogger("flwr")
 Watch = Callable[[RoundRecord], None]
-_LOWER_IS_BETTER = ("loss", "perplexity")
+_LOWER_IS_BETTER = ("loss", "perplexity", "mse", "mae", "kl")
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,7 @@ def run(grid: Grid, federation: Federation, watch: Watch = lambda record: None) 
 
     Raises:
         FederationError: Too few nodes joined, too few sent a usable update, or a round cannot be kept.
+        AdapterError: The adapter that the federation is to start from is damaged, or not for its base and plan.
     """
     return _Coordinator(grid, federation, watch).run()
 
@@ -102,10 +110,15 @@ class _Coordinator:
         self._records: list[RoundRecord] = []
 
     def run(self) -> Outcome:
-        before = self._ledger.newest()
-        if before:
-            self._restore(before)
+        self._ledger.check()
+        found = self._ledger.newest()
+        for what in self._ledger.mend(found):
+            self._events.note("damaged", found.checkpoint.round if found.checkpoint else 0, what=what)
+        if found.checkpoint:
+            self._restore(found.checkpoint)
         self._members.gather()
+        if found.checkpoint:
+            self._describe()
         last = max(len(track.plans) for track in self._tracks.values())
         ended = self._reason_to_stop()
         while not ended and self._number < last:
@@ -113,30 +126,33 @@ class _Coordinator:
             self._round(last)
             ended = self._reason_to_stop()
         ended = ended or "every round is done"
-        self._ledger.end(self._number, ended)
         self._events.note("ended", self._number, reason=ended)
         self._events.close()
+        self._ledger.end(self._number, ended)
         return Outcome(dict(self._kept), self._members.offers(), self._records, self._members.left_out, ended)
 
     # Beginning, and going on --------------------------------------------------------------------------------------------
 
     def _restore(self, found: Checkpoint) -> None:
+        state = found.state
         self._events.open()
-        for what in found.damaged:
-            self._events.note("damaged", found.round, what=what)
+        if not _is_noted(self._ledger.folder, found.round, state["happened"]):
+            self._note(found.round, state["happened"])
         self._events.note("resumed", found.round)
         log.info("going on after round %d in %s", found.round, self._ledger.folder)
-        state = found.state
         self._number, self._traffic_bytes, self._seconds = found.round, state["traffic_bytes"], state["seconds"]
         self._standing.restore(state["standing"])
         self._publisher.restore(_part(found.arrays, "publisher"), state["publisher"])
+        self._members.restore(state["members"])
         self._kept = dict(found.kept)
         plans = self._federation.schedules()
         self._tracks.clear()
         for name, about in state["tracks"].items():
             track = Track(about["root"], name, plans[about["root"]], make(self._federation.aggregation))
             track.belonging = set(about["belonging"])
+            track.reference = Offer.model_validate(about["reference"]) if about["reference"] else None
             track.rule.restore(_part(found.arrays, f"rule {name}"))
+            track.before = unpack(_part(found.arrays, f"before {name}"))
             if name in found.kept:
                 track.adapter, track.manifest = found.kept[name].adapter, found.kept[name].manifest
             self._tracks[name] = track
@@ -170,6 +186,8 @@ class _Coordinator:
         for attempt in range(rounds.retries + 1):
             connected = self._members.refresh()
             self._draw_starts()
+            for track in self._tracks.values():
+                track.begin(self._number, given=bool(self._federation.start))
             trained = self._training.run(self._number, self._tracks, connected)
             if any(done.report for done in trained.values()):
                 return trained, connected
@@ -185,9 +203,13 @@ class _Coordinator:
         raise FederationError(problem)
 
     def _draw_starts(self) -> None:
-        """What the rule draws for a track that has merged nothing yet: from the members that it has by now."""
+        """Where a track begins that has merged nothing yet: at the federation's own start, or at what the rule draws for it."""
         for track in self._tracks.values():
-            if track.members and not track.manifest:
+            if not track.members or track.reference is None or track.manifest:
+                continue
+            if self._federation.start:
+                track.adapter = _fitting(self._federation.start, track.reference, self._members.base_digest)
+            else:
                 ranks = tuple(member.offer.r for _, member in sorted(track.members.items()))
                 track.adapter = track.rule.initial(track.reference.modules, ranks, self._federation.rounds.seed)
 
@@ -221,47 +243,69 @@ class _Coordinator:
             track = self._tracks[name]
             self._traffic_bytes += record.bytes_sent + record.bytes_received
             if track.manifest:
-                plan = track.plan(self._number)
-                self._kept[name] = Kept(record, track.adapter, track.manifest, plan.base_model, plan.task_type)
+                self._kept[name] = Kept(record, track.adapter, track.manifest, track.plan(self._number))
         self._seconds += max(record.seconds for record in records.values())
+        happened = [finite({"event": "round", **_event(record)}) for record in records.values()]
         for name, parts in splits.items():
-            self._split(name, parts)
+            happened += self._split(name, parts)
         arrays, state = self._state()
-        self._ledger.keep(Checkpoint(self._number, self._kept, state, arrays))
+        # In the checkpoint too: a coordinator that dies before it has noted them does so when it goes on.
+        self._ledger.keep(Checkpoint(self._number, self._kept, state | {"happened": happened}, arrays))
         if self._number == 1:  # a federation in which no round succeeds leaves nothing behind
             self._describe()
             self._events.open()
+        self._note(self._number, happened)
         for record in records.values():
-            self._events.note("round", self._number, **_event(record))
             self._events.figures(self._number, _figures(record))
+
+    def _note(self, number: int, happened: Iterable[Mapping[str, Any]]) -> None:
+        for facts in happened:
+            self._events.note(number=number, **facts)
 
     def _state(self) -> tuple[dict[str, Array], dict[str, Any]]:
         published, about = self._publisher.state()
         arrays = {f"publisher {key}": array for key, array in published.items()}
         for name, track in self._tracks.items():
             arrays |= {f"rule {name} {key}": array for key, array in track.rule.state().items()}
+            arrays |= {f"before {name} {key}": array for key, array in pack(track.before, "fp32").items()}
         state = {
             "traffic_bytes": self._traffic_bytes,
             "seconds": self._seconds,
             "standing": self._standing.state(),
             "publisher": about,
+            "members": self._members.state(),
             "tracks": {
-                name: {"root": track.root, "belonging": sorted(track.belonging)} for name, track in self._tracks.items()
+                name: {
+                    "root": track.root,
+                    "belonging": sorted(track.belonging),
+                    "reference": track.reference.model_dump(mode="json") if track.reference else None,
+                }
+                for name, track in self._tracks.items()
             },
         }
         return arrays, state
 
-    def _split(self, name: str, parts: tuple[frozenset[str], frozenset[str]]) -> None:
+    def _split(self, name: str, parts: tuple[frozenset[str], frozenset[str]]) -> list[dict[str, Any]]:
+        """Puts two tracks in the place of one; what happened, as events.
+
+        Whoever was not heard in this round has shown no side and goes with the larger part, as newcomers do; if that is the
+        wrong one, its updates will say so, and the part splits again.
+        """
         whole, kept = self._tracks.pop(name), self._kept.pop(name)
-        for number, names in enumerate(parts, 1):
+        unheard = (whole.members.keys() | whole.belonging) - parts[0] - parts[1]
+        larger = max(parts, key=len)
+        happened = []
+        for number, heard in enumerate(parts, 1):
+            names = heard | unheard if heard is larger else heard
             part = Track(whole.root, f"{name}/part-{number}".lstrip("/"), whole.plans, make(self._federation.aggregation))
             part.rule.restore(whole.rule.state())
-            part.adapter, part.manifest = whole.adapter, whole.manifest
-            part.belonging = set(names)
-            part.members = {member: whole.members[member] for member in names}
+            part.adapter, part.manifest, part.before = whole.adapter, whole.manifest, whole.before
+            part.reference, part.belonging = whole.reference, set(names)
+            part.members = {member: about for member, about in whole.members.items() if member in names}
             self._tracks[part.name] = part
             self._kept[part.name] = replace(kept, record=replace(kept.record, adapter=part.name))
-            self._events.note("split", self._number, adapter=part.name, members=sorted(names))
+            happened.append({"event": "split", "adapter": part.name, "members": sorted(names)})
+        return happened
 
     def _describe(self) -> None:
         facts = {"federation": self._federation.model_dump(mode="json"), "left_out": self._members.left_out}
@@ -276,20 +320,51 @@ class _Coordinator:
             return f"{self._traffic_bytes} adapter bytes were sent and received, the budget is {stop.traffic_bytes}"
         if stop.seconds and self._seconds >= stop.seconds:
             return f"the rounds took {self._seconds:.0f} s, the budget is {stop.seconds:g} s"
-        if stop.metric and stop.target is not None and (found := self._mean(stop.metric)) is not None:
+        if stop.metric and stop.target is not None and (found := self._reached(stop.metric)) is not None:
             reached = found <= stop.target if stop.metric in _LOWER_IS_BETTER else found >= stop.target
             if reached:
-                return f"{stop.metric} is {found:.6g}, the target is {stop.target:g}"
+                return f"{stop.metric} is {found:.6g} or better at more than half of the nodes, the target is {stop.target:g}"
         return ""
 
-    def _mean(self, metric: str) -> float | None:
-        """Over the nodes that measured after the newest round; None where nobody did."""
+    def _reached(self, metric: str) -> float | None:
+        """What more than half of the nodes that measured after the newest round have reached; None where nobody did."""
         newest = [kept.record for kept in self._kept.values() if kept.record.round == self._number]
         values = [metrics[metric] for record in newest for metrics in record.evaluation.values() if metric in metrics]
-        return sum(values) / len(values) if values else None
+        if not values:
+            return None
+        return median_high(values) if metric in _LOWER_IS_BETTER else median_low(values)
 
     def _note_member(self, event: str, **facts: Any) -> None:
         self._events.note(event, self._number, **facts)
+
+
+def _fitting(folder: Path, reference: Offer, base_digest: str) -> Adapter:
+    """An adapter on disk that nodes with such an offer can go on from."""
+    adapter, _ = read_adapter(folder, base_digest=base_digest)
+    found = {module: pair.shape for module, pair in adapter.factors.items()}
+    found |= {name: tensor.shape for name, tensor in adapter.dense.items()}
+    known = {**reference.modules, **reference.dense}
+    if wrong := sorted(name for name, shape in found.items() if known.get(name) != shape):
+        raise AdapterError(
+            f"{folder}: {wrong[0]} has shape {found[wrong[0]]}, the federation's plan trains "
+            f"{known.get(wrong[0], 'nothing of that name')}; start from an adapter of the same base, method and targets"
+        )
+    # Nodes of smaller rank train the leading directions, so these must come first, whoever wrote the adapter.
+    return Adapter({module: _ordered(pair) for module, pair in adapter.factors.items()}, adapter.dense)
+
+
+def _ordered(pair: Factors) -> Factors:
+    best = at_rank(pair, pair.r)
+    return Factors(best.A.astype(np.float32), best.B.astype(np.float32))
+
+
+def _is_noted(folder: Path, number: int, happened: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether the log tells of a round; one that is missing or damaged tells of none."""
+    try:
+        noted = {event.adapter for event in read_story(folder).rounds if event.round == number}
+    except DataError:
+        return False
+    return noted >= {facts["adapter"] for facts in happened if facts["event"] == "round"}
 
 
 def _part(arrays: Mapping[str, Array], prefix: str) -> dict[str, Array]:

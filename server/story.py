@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from server.events import read_events
+from server.events import Event, read_events
 
 
 @dataclass
@@ -25,7 +26,7 @@ class Story:
     name: str
     nodes: dict[str, dict[str, Any]] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
-    rounds: list[dict[str, Any]] = field(default_factory=list)
+    rounds: list[Event] = field(default_factory=list)
     evaluation: dict[str, Mapping[str, float]] = field(default_factory=dict)
     ended: str = ""
     troubles: list[str] = field(default_factory=list)
@@ -34,11 +35,11 @@ class Story:
         """The whole in one mapping, for ``--json`` and the head of the status."""
         return {
             "state": self.ended or "running, or died",
-            "round": self.rounds[-1]["round"] if self.rounds else 0,
+            "round": self.rounds[-1].round if self.rounds else 0,
             "nodes": len(self.nodes),
-            "bytes_sent": sum(event.get("bytes_sent", 0) for event in self.rounds),
-            "bytes_received": sum(event.get("bytes_received", 0) for event in self.rounds),
-            "seconds": round(sum(event.get("seconds", 0.0) for event in self.rounds), 3),
+            "bytes_sent": sum(event.bytes_sent for event in self.rounds),
+            "bytes_received": sum(event.bytes_received for event in self.rounds),
+            "seconds": round(sum(event.seconds for event in self.rounds), 3),
             "left_out": self.left_out,
             "refused": {name: about["refused"] for name, about in self.nodes.items() if about.get("refused")},
             "evaluation": {name: dict(metrics) for name, metrics in self.evaluation.items()},
@@ -47,13 +48,14 @@ class Story:
 
     def metrics(self) -> list[str]:
         """Names of what nodes measured in any round."""
-        found = {m for event in self.rounds for metrics in event.get("evaluation", {}).values() for m in metrics}
+        found = {m for event in self.rounds for metrics in event.evaluation.values() for m in metrics}
         return sorted(found - {"num-examples"})
 
-    def mean_of(self, event: Mapping[str, Any], metric: str) -> float | None:
-        """Mean over the nodes that measured in a round."""
-        values = [metrics[metric] for metrics in event.get("evaluation", {}).values() if metric in metrics]
-        return sum(values) / len(values) if values else None
+
+def middle(event: Event, metric: str) -> float | None:
+    """Median over the nodes that measured in a round: what one of them says may be anything."""
+    values = [metrics[metric] for metrics in event.evaluation.values() if metric in metrics]
+    return median(values) if values else None
 
 
 def read_story(folder: Path) -> Story:
@@ -63,31 +65,31 @@ def read_story(folder: Path) -> Story:
         DataError: There is none, or it is damaged.
     """
     story = Story(str(folder))
-    rounds: dict[tuple[int, str], dict[str, Any]] = {}
+    rounds: dict[tuple[int, str], Event] = {}
     for event in read_events(folder):
-        kind, number = event["event"], int(event.get("round", 0))
-        if kind == "joined":
-            story.nodes.setdefault(event["node"], {}).update(
-                {key: event.get(key, "") for key in ("adapter", "method", "precision", "r")}
-            )
-        elif kind == "left-out":
-            story.left_out[event["node"]] = event["reason"]
-        elif kind == "round":
-            rounds[number, event.get("adapter", "")] = event
-        elif kind == "resumed":  # rounds after the one that it went on from are done again
-            rounds = {key: value for key, value in rounds.items() if key[0] <= number}
+        if event.event == "joined":
+            facts = {"adapter": event.adapter, "method": event.method, "precision": event.precision, "r": event.r}
+            story.nodes.setdefault(event.node, {}).update(facts)
+            story.left_out.pop(event.node, None)
+        elif event.event == "left-out":
+            story.left_out[event.node] = event.reason
+        elif event.event == "round":
+            rounds[event.round, event.adapter] = event
+        elif event.event == "resumed":  # rounds after the one that it went on from are done again
+            rounds = {key: value for key, value in rounds.items() if key[0] <= event.round}
             story.ended = ""
-        elif kind == "ended":
-            story.ended = event["reason"]
-        if kind in ("damaged", "no-quorum", "split"):
-            said = event.get("what") or event.get("reason") or ", ".join(event.get("members", ()))
-            story.troubles.append(f"round {number}: {kind}: {said}")
+        elif event.event == "ended":
+            story.ended = event.reason
+        elif event.event in ("damaged", "no-quorum", "split"):
+            said = event.what or event.reason or ", ".join(event.members)
+            story.troubles.append(f"round {event.round}: {event.event}: {said}")
+    story.troubles = list(dict.fromkeys(story.troubles))  # a split that was noted again after a crash was one
     story.rounds = [event for _, event in sorted(rounds.items())]
     for event in story.rounds:
-        for name in event.get("accepted", ()):
+        for name in event.accepted:
             about = story.nodes.setdefault(name, {})
             about["accepted"] = about.get("accepted", 0) + 1
-        for name, reason in event.get("refused", {}).items():
-            story.nodes.setdefault(name, {})["refused"] = f"round {event['round']}: {reason}"
-        story.evaluation.update(event.get("evaluation", {}))
+        for name, reason in event.refused.items():
+            story.nodes.setdefault(name, {})["refused"] = f"round {event.round}: {reason}"
+        story.evaluation.update(event.evaluation)
     return story

@@ -11,7 +11,7 @@ import numpy as np
 from protocol.adapter import Adapter
 from protocol.federation import Federation
 from protocol.manifest import Manifest
-from protocol.plan import Plan
+from protocol.plan import REFERRING, Plan
 from protocol.records import Call, Offer, Trains
 from server.aggregation.rule import Rule
 
@@ -41,7 +41,9 @@ class Track:
         plans: One per round.
         rule: Merges updates.
         members: By node name.
+        reference: The offer that others are held against: the first that was accepted, also after a restart.
         adapter, manifest: After the last round.
+        before: The adapter before the stage of the last round began; without anything in it the base.
         belonging: Names that belong to this part of a split, also those that are not connected now.
     """
 
@@ -50,8 +52,10 @@ class Track:
     plans: tuple[Plan, ...]
     rule: Rule
     members: dict[str, Member] = field(default_factory=dict)
+    reference: Offer | None = None
     adapter: Adapter = field(default_factory=Adapter)
     manifest: Manifest | None = None
+    before: Adapter = field(default_factory=Adapter)
     belonging: set[str] = field(default_factory=set)
 
     def plan(self, number: int) -> Plan:
@@ -67,8 +71,31 @@ class Track:
             last += 1
         return first, last
 
+    def begin(self, number: int, *, given: bool) -> None:
+        """Remembers the adapter from which round ``number`` goes on, if a stage begins with it.
+
+        Args:
+            number: Of the round.
+            given: The first round goes on from an adapter, too; what a rule draws for it is no change of the base.
+        """
+        if self.stretch(number)[0] == number:
+            self.before = self.adapter if self.manifest or given else Adapter()
+
+    def stays_near(self, number: int) -> Adapter | None:
+        """The adapter that round ``number`` stays near; None where its objective looks at none, or at the base."""
+        referring = self.plan(number).objective in REFERRING
+        return self.before if referring and (self.before.factors or self.before.dense) else None
+
     def call(
-        self, federation: Federation, number: int, digest: str, r: int, *, trains: Trains = "both", fresh: bool = False
+        self,
+        federation: Federation,
+        number: int,
+        digest: str,
+        r: int,
+        *,
+        reference: str = "",
+        trains: Trains = "both",
+        fresh: bool = False,
     ) -> Call:
         """What nodes are asked in round ``number`` about this adapter.
 
@@ -77,6 +104,7 @@ class Track:
             number: Of the round.
             digest: Of the adapter as it arrives.
             r: The rank to train.
+            reference: Digest of the adapter to stay near, as it arrives.
             trains: Which factor trains.
             fresh: All of the adapter is frozen and a new pair trains.
         """
@@ -94,13 +122,9 @@ class Track:
             personal_b=self.rule.personal_b,
             manifest=self.manifest,
             digest=digest,
+            reference=reference,
             wire=federation.rounds.wire,
         )
-
-    @property
-    def reference(self) -> Offer:
-        """The offer that others are held against."""
-        return next(member.offer for _, member in sorted(self.members.items()))
 
 
 def draw(names: Iterable[str], size: int | None, seed: int, number: int) -> list[str]:

@@ -11,9 +11,10 @@ from protocol.adapter import Adapter
 from protocol.errors import StartMissingError
 from protocol.federation import Federation
 from protocol.manifest import Manifest
+from protocol.plan import COMPRESSED
 from protocol.records import Call, payload_bytes, read_update
 from protocol.update import Update
-from server.admission import check
+from server.admission import Change, check, most_bytes
 from server.aggregation.innovation import gram
 from server.aggregation.rule import MergeReport, Start
 from server.clustering import bipartition
@@ -34,7 +35,7 @@ class Trained:
         silent: Reason by node name, of the nodes of which nothing came that could be read.
         paused: Reason by node name, of the nodes that were not asked though they are connected.
         norms: Size of each accepted change.
-        bytes_sent, bytes_received: Of adapters, as packed on the wire.
+        bytes_sent, bytes_received: Of adapters, as packed on the wire; what was refused unread is no adapter.
         seconds: From the first message to the merged adapter.
         adapter, report: The next global adapter; None where too few updates could be used.
         split: Names of the members that should go on apart, where the updates disagree.
@@ -59,6 +60,7 @@ class _Sent:
 
     call: Call
     published: Published
+    reference: Published | None
     trained: Adapter
 
 
@@ -73,7 +75,7 @@ class _Asked:
 
 @dataclass(frozen=True)
 class _Admitted:
-    norm: float
+    change: Change
     metrics: Mapping[str, float]
     num_examples: int
 
@@ -111,7 +113,7 @@ class TrainingRound:
 
     def _draw(self, track: Track, number: int, connected: set[int], done: Trained) -> dict[int, _Asked]:
         ranks = {member.offer.r for member in track.members.values() if member.node in connected}
-        starts = {r: track.rule.start(track.adapter, r, number) for r in ranks}
+        starts = {r: _start(track, r, number) for r in ranks}
         available = {}
         for name, member in track.members.items():
             if member.node not in connected:
@@ -132,24 +134,35 @@ class TrainingRound:
     def _sent(self, track: Track, start: Start, number: int) -> _Sent:
         key = track.name if start.adapter is track.adapter else f"{track.name}/rank-{start.r}"
         published = self._publisher.publish(key, start.adapter)
-        call = track.call(self._federation, number, published.digest, start.r, trains=start.trains, fresh=start.fresh)
-        return _Sent(call, published, start.trained(published.adapter))
+        reference = self._publisher.reference(track.name, track.stays_near(number))
+        call = track.call(
+            self._federation,
+            number,
+            published.digest,
+            start.r,
+            reference=reference.digest if reference else "",
+            trains=start.trains,
+            fresh=start.fresh,
+        )
+        return _Sent(call, published, reference, start.trained(published.adapter))
 
     def _exchange(self, asked: Mapping[int, _Asked], held: Held, done: Mapping[str, Trained]) -> Collected[_Admitted]:
         def message(node: int, *, whole: bool = False) -> Message:
             one = asked[node]
-            records = self._publisher.records(one.sent.call, one.sent.published, node, whole=whole)
+            sent = one.sent
+            records = self._publisher.records(sent.call, sent.published, node, reference=sent.reference, whole=whole)
             done[one.track.name].bytes_sent += payload_bytes(records)
             return Message(records, dst_node_id=node, message_type=MessageType.TRAIN)
 
         def read(node: int, reply: Message) -> _Admitted:
             one = asked[node]
-            done[one.track.name].bytes_received += payload_bytes(reply.content)
             update, metrics = read_update(reply.content, one.sent.trained)
-            norm = check(update, one.member.offer, one.sent.call, one.sent.trained)
-            self._publisher.holds(node, one.sent.published.digest)
+            change = check(update, one.member.offer, one.sent.call, one.sent.trained)
+            # Not before: what is no update would use up the federation's budget, and one node could end it.
+            done[one.track.name].bytes_received += payload_bytes(reply.content)
+            self._publisher.holds(node, one.sent.published.digest, one.sent.call.reference)
             held.put(node, update)
-            return _Admitted(norm, metrics, update.manifest.num_examples)
+            return _Admitted(change, metrics, update.manifest.num_examples)
 
         def again(node: int, reason: str) -> Message | None:
             return message(node, whole=True) if reason == StartMissingError.code else None
@@ -160,6 +173,7 @@ class TrainingRound:
             read,
             seconds=self._rounds.timeout_seconds,
             enough=lambda results: self._enough(asked, results),
+            array_bytes=lambda node: most_bytes(asked[node].member.offer, asked[node].sent.call),
             again=again,
         )
 
@@ -178,11 +192,12 @@ class TrainingRound:
         done.refused |= {names[node]: reason for node, reason in sorted(heard.refused.items()) if node in own}
         done.silent |= {names[node]: reason for node, reason in sorted(heard.silent.items()) if node in own}
         admitted = {node: one for node, one in heard.results.items() if node in own}
-        outliers = self._standing.outliers({node: one.norm for node, one in admitted.items()})
+        outliers = self._standing.outliers({node: one.change.norm for node, one in admitted.items()})
+        outliers = self._standing.cancelling({node: one.change.apart for node, one in admitted.items()}) | outliers
         done.refused |= {names[node]: reason for node, reason in sorted(outliers.items())}
         usable = sorted(admitted.keys() - outliers.keys(), key=lambda node: names[node])
         done.accepted = {names[node]: _with_count(admitted[node]) for node in usable}
-        done.norms = {names[node]: admitted[node].norm for node in usable}
+        done.norms = {names[node]: admitted[node].change.norm for node in usable}
         if len(usable) < self._rounds.minimum_nodes:
             return
         track.rule.begin(track.adapter)
@@ -197,6 +212,12 @@ class TrainingRound:
         if self._rounds.cluster and (parts := bipartition(gram(kept), [counted[node] for node in usable])):
             left, right = (frozenset(names[usable[at]] for at in part) for part in parts)
             done.split = (left, right)
+
+
+def _start(track: Track, r: int, number: int) -> Start:
+    """What the rule sends; a change of whole weights is compressed by itself, or it would share its rank with what was sent."""
+    start = track.rule.start(track.adapter, r, number)
+    return replace(start, fresh=True) if track.plan(number).method in COMPRESSED else start
 
 
 def _with_count(admitted: _Admitted) -> dict[str, float]:
@@ -218,5 +239,5 @@ def described(track: Track, number: int, base_digest: str, federation: str, adap
         round=number,
         parent=track.adapter.digest(),
         num_examples=report.num_examples,
-        embeddings=track.reference.embeddings,
+        embeddings=track.reference.embeddings if track.reference else (),
     )

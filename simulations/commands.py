@@ -92,12 +92,16 @@ def train(
     job = load(config, Job).beside(config)
     record = train_alone(job, progress=sys.stderr.isatty() and not as_json)
     metrics, evaluation = next(iter(record.accepted.values())), next(iter(record.evaluation.values()), {})
+    made = {"adapter": str(job.output / "adapter")}
+    if job.method in ("full", "freezing"):
+        made["model"] = str(job.output / "model")
     if as_json:
-        typer.echo(json.dumps({"adapter": str(job.output / "adapter"), "training": metrics, "evaluation": evaluation}))
+        typer.echo(json.dumps({**made, "training": metrics, "evaluation": evaluation}))
         return
     for name, value in {**metrics, **{f"held-out {name}": value for name, value in evaluation.items()}}.items():
         typer.echo(f"{name:>28}  {value:.6g}")
-    typer.echo(f"adapter: {job.output / 'adapter'}")
+    for kind, place in made.items():
+        typer.echo(f"{kind}: {place}")
 
 
 def _say(text: str) -> None:
@@ -139,7 +143,9 @@ def _show(comparison: "Comparison") -> None:
     table.title = f"{comparison.metric} on held-out questions"
     rows = {**figures["institutions"], "mean": figures["mean"]}
     for name, values in rows.items():
-        table.add_row(name, *(f"{value:.0%}" for value in values.values()))
+        table.add_row(
+            name, *(f"{value:.0%}" if "accuracy" in comparison.metric else f"{value:.4g}" for value in values.values())
+        )
     chosen = Table("institution", "method", "base held at", "rank", "why", title="what each node chose")
     for name, selection in comparison.selections.items():
         plan = selection.chosen

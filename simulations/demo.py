@@ -10,7 +10,7 @@ from server.ledger import RoundRecord
 from simulations.federation import Comparison, Say, compare
 from simulations.institutions import INSTITUTIONS, rows
 from simulations.scenario import nodes_of, read_scenario, write_rows
-from strategies.selector import TierName
+from strategies.narrowing import TierName
 
 # One institution on each class of hardware: ranks 16, 8, 4 and, for the law firm, a base held at 4 bits.
 TIERS: dict[str, TierName] = {"bank": "large", "clinic": "medium", "law_firm": "small", "it_helpdesk": "micro"}

@@ -8,6 +8,7 @@ from client.app import app
 from client.node import Node
 from client.round import choose, held_out_rows, join, training_rows
 from protocol.adapter import Adapter
+from protocol.errors import ConfigurationError, UserError
 from protocol.federation import Federation
 from protocol.plan import Plan
 from protocol.records import Call
@@ -16,9 +17,9 @@ from server.rounds import Outcome, run
 from simulations.grid import InProcessGrid
 from strategies.base_model import find
 from strategies.data.formats import Row
-from strategies.evaluation.measure import measure
+from strategies.evaluation.measure import LEADING, measure
 from strategies.methods import registry
-from strategies.selector import Selection
+from strategies.narrowing import Narrowed
 from strategies.training import fit
 
 Say = Callable[[str], None]
@@ -46,20 +47,32 @@ class Comparison:
     federated: Mapping[str, float]
     centralised: Mapping[str, float]
     outcome: Outcome
-    selections: Mapping[str, Selection]
+    selections: Mapping[str, Narrowed]
 
 
 def check(federation: Federation, nodes: Sequence[Node]) -> None:
     """Looks at the bases, asks every node to join and shows its own words if it cannot; a network would bring but a code.
 
     Raises:
-        UserError: What is wrong with a node's data, base or plan.
+        UserError: What is wrong with a base or plan.
+        ConfigurationError: What is wrong with each node's data or settings, all of them.
     """
     plans = [plans[0] for plans in federation.schedules().values()]
     for plan in plans:
         registry.shape(find(plan.base_model), plan)
+    problems = []
+    if 0 < len(nodes) < federation.rounds.minimum_nodes:
+        problems.append(f"{len(nodes)} listed, rounds.minimum_nodes is {federation.rounds.minimum_nodes}; nobody else can come")
+    call = Call(federation=federation.name, round=0, rounds=1, plan=plans[0], adapters=dict(federation.adapters))
     for node in nodes:
-        join(Call(federation="check", round=0, rounds=1, plan=plans[0], adapters=dict(federation.adapters)), node)
+        try:
+            join(call, node)
+        except ConfigurationError as error:
+            problems += [f"{node.name}: {problem}" for problem in error.problems]
+        except UserError as error:
+            problems.append(f"{node.name}: {error}")
+    if problems:
+        raise ConfigurationError("nodes", problems)
 
 
 def federate(
@@ -72,7 +85,7 @@ def federate(
     """
     configs = [
         {key.replace("_", "-"): str(value) if isinstance(value, Path) else value for key, value in own.items()}
-        for own in (node.model_dump(exclude_none=True) for node in nodes)
+        for own in ({"trial": False, **node.model_dump(exclude_none=True)} for node in nodes)
     ]
     return run(InProcessGrid(app, configs), federation, watch)
 
@@ -80,7 +93,7 @@ def federate(
 def compare(
     federation: Federation,
     nodes: Sequence[Node],
-    metric: str = "accuracy",
+    metric: str | None = None,
     watch: Callable[[RoundRecord], None] = lambda record: None,
     say: Say = lambda text: None,
     alone_learning_rate: float | None = None,
@@ -90,12 +103,13 @@ def compare(
     Args:
         federation: Measured by its nodes only at the end of this comparison, not by itself.
         nodes: At least one.
-        metric: One that ``strategies.evaluation.measure`` returns.
+        metric: One that ``strategies.evaluation.measure`` returns; without it the objective's leading one.
         watch: Called after every round.
         say: Called with a line before each stage.
         alone_learning_rate: For local-only and centralised training, when their best rate is not the federation's.
     """
     plan, base = federation.plan, find(federation.plan.base_model)
+    metric = metric or LEADING[plan.objective]
     selections = {node.name: choose(plan, node) for node in nodes}
     held_out = {node.name: held_out_rows(plan, node) for node in nodes}
     rows = {node.name: training_rows(plan, node) for node in nodes}

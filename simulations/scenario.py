@@ -15,7 +15,7 @@ from protocol.files import write_whole
 from protocol.plan import Name, Strict
 from simulations import partition
 from strategies.data.files import read
-from strategies.selector import TierName
+from strategies.narrowing import TierName
 
 _LONGEST_NAME = 80
 
@@ -83,6 +83,9 @@ def nodes_of(scenario: Scenario) -> tuple[Node, ...]:
     rows = [dict(row) for _, row in read(made.rows)]
     held_out = [dict(row) for _, row in read(made.evaluate)] if made.evaluate else []
     nodes = []
+    # Whoever wrote the scenario asks their own machine.
+    plans = [plan for plans in scenario.federation.schedules().values() for plan in plans]
+    functions = sorted({name for plan in plans for name in plan.rl.reward_functions})
     parts = _parts(made, rows)
     if unfit := [name for name in parts if not name.strip() or len(name) > _LONGEST_NAME]:
         what = f"{len(unfit)} of {len(parts)} values are blank or longer than {_LONGEST_NAME} characters; each names a node"
@@ -102,6 +105,7 @@ def nodes_of(scenario: Scenario) -> tuple[Node, ...]:
                 evaluate=evaluate if own else None,
                 tier=made.tiers[number % len(made.tiers)],
                 max_rank=made.max_ranks[number % len(made.max_ranks)] if made.max_ranks else None,
+                reward_functions=",".join(functions) or None,
             )
         )
     return tuple(nodes)

@@ -11,6 +11,9 @@ from strategies.job import Job
 def train_alone(job: Job, *, progress: bool = False) -> RoundRecord:
     """Trains a job; the adapter is in ``OUTPUT/adapter`` afterwards.
 
+    Where weights of the base themselves train (full, freezing), the adapter is their change at the plan's rank; the model
+    as it was trained, with nothing left out, is in ``OUTPUT/model``, which can be a ``base_model`` itself.
+
     Raises:
         UserError: Plan, data and base do not fit together; nothing has been written then.
         FederationError: Training or measuring failed; the reason is in the log.
@@ -18,10 +21,25 @@ def train_alone(job: Job, *, progress: bool = False) -> RoundRecord:
     plan = job.plan()
     if job.data.train is None:
         raise ConfigurationError("job", ["data.train: missing; name the file with the training rows"])
-    node = Node(name="local", train=job.data.train, evaluate=job.data.evaluate, folder=job.output, progress=progress)
+    node = Node(
+        name="local",
+        train=job.data.train,
+        evaluate=job.data.evaluate,
+        folder=job.output,
+        whole_model=job.output / "model",
+        progress=progress,
+    )
+    node = node.model_copy(update={"reward_functions": ",".join(plan.rl.reward_functions) or None})
     published = plan.model_copy(update={"data": plan.data.model_copy(update={"train": None, "evaluate": None})})
     merging = AggregationSettings(rank_cap=plan.update_rank)
-    federation = Federation(name="local", plan=published, rounds=RoundSettings(count=1), aggregation=merging, output=job.output)
+    federation = Federation(
+        name="local",
+        plan=published,
+        rounds=RoundSettings(count=1),
+        aggregation=merging,
+        start=job.start and job.start.resolve(),
+        output=job.output,
+    )
     check(federation, [node])
     record = federate(federation, [node]).rounds[-1]
     if record.evaluation_refused:

@@ -4,14 +4,14 @@ import hashlib
 import importlib.util
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from protocol.errors import ModelError
-from protocol.plan import QUANTISED, Objective, Plan, Precision
+from protocol.plan import QUANTISED, TASK_TYPES, Objective, Plan, Precision
 from strategies import label_head
 
 if TYPE_CHECKING:
@@ -55,8 +55,7 @@ def find(name: str) -> Base:
         raise ModelError(f"{name!r}: {folder} holds no model; expected config.json and *.safetensors in it")
     for file in folder.glob("*.safetensors"):
         _check_header(file)
-    stamp = tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in _identity(folder))
-    return Base(name, folder, _digest(folder, stamp))
+    return Base(name, folder, _digest(folder, _stamp(folder)))
 
 
 def load(base: Base, plan: Plan) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
@@ -116,8 +115,8 @@ def skeleton(base: Base, objective: Objective, labels: Sequence[str] | None) -> 
 
 
 def heads(model: "PreTrainedModel", objective: Objective) -> list[str]:
-    """A classifier's parts outside its base model (DistilBERT has two): checkpoints lack them, so they train whole."""
-    if objective != "classification":
+    """What a model that scores has outside its base model (DistilBERT: two parts): checkpoints lack it, so it trains whole."""
+    if TASK_TYPES[objective] != "SEQ_CLS":
         return []
     inner = model.base_model_prefix
     return [name for name, part in model.named_children() if name != inner and any(True for _ in part.parameters())]
@@ -136,13 +135,44 @@ def original_weight(base: Base, name: str, prefix: str) -> "Tensor":
     """
     from safetensors import safe_open
 
-    for file in _weight_files(base.folder):
-        with safe_open(file, framework="pt") as opened:
-            for key in (name, name.removeprefix(f"{prefix}.")):
-                if key in opened.keys():  # noqa: SIM118 - it is no mapping
-                    tensor: Tensor = opened.get_tensor(key).float()
-                    return tensor
-    raise ModelError(f"{base.folder}: no weight {name!r} in the checkpoint, which init_lora_weights: loftq needs; use default")
+    file, key = _where(base, name, prefix)
+    with safe_open(file, framework="pt") as opened:
+        tensor: Tensor = opened.get_tensor(key).float()
+    return tensor
+
+
+def check_weights(base: Base, names: Iterable[str], prefix: str) -> None:
+    """Makes sure that ``original_weight`` will find each of these; nothing but headers is read.
+
+    Raises:
+        ModelError: The checkpoint lacks one.
+    """
+    for name in names:
+        _where(base, name, prefix)
+
+
+def _where(base: Base, name: str, prefix: str) -> tuple[Path, str]:
+    """The file that holds a weight, and its name there."""
+    held = _keys(base.folder, _stamp(base.folder))
+    for key in (name, name.removeprefix(f"{prefix}.")):
+        if key in held:
+            return held[key], key
+    raise ModelError(
+        f"{base.folder}: no weight {name!r} in the checkpoint, with which the plan compares what is trained; choose method "
+        "lora with lora.init_lora_weights: default"
+    )
+
+
+@lru_cache(maxsize=32)
+def _keys(folder: Path, stamp: tuple[tuple[str, int, int], ...]) -> dict[str, Path]:  # noqa: ARG001
+    """The file of every weight of a checkpoint; ``stamp`` as for ``_digest``."""
+    from safetensors import safe_open
+
+    found: dict[str, Path] = {}
+    for file in _weight_files(folder):
+        with safe_open(file, framework="numpy") as opened:
+            found |= dict.fromkeys(opened.keys(), file)
+    return found
 
 
 def configuration(base: Base, **settings: Any) -> Any:
@@ -163,13 +193,13 @@ def check_objective(base: Base, objective: Objective) -> None:
     """Refuses to train an encoder for answers: it would read ahead to the answer that it should give.
 
     Raises:
-        ModelError: The objective is ``sft`` and the base is not a decoder.
+        ModelError: The objective needs a model that writes, and the base is not a decoder.
     """
     built = getattr(configuration(base), "architectures", None) or ()
-    if objective == "sft" and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in built):
+    if TASK_TYPES[objective] == "CAUSAL_LM" and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in built):
         raise ModelError(
-            f"{base.name!r} is built as {', '.join(built) or 'nothing that it names'}, which gives no answers; "
-            "use objective: classification, or a decoder (…ForCausalLM)"
+            f"{base.name!r} is built as {', '.join(built) or 'nothing that it names'}, which gives no answers for {objective}; "
+            "use objective: classification, regression or reward, or a decoder (…ForCausalLM)"
         )
 
 
@@ -264,6 +294,11 @@ def _identity(folder: Path) -> list[Path]:
     return [folder / "config.json", *_weight_files(folder)]
 
 
+def _stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """Changes when a file of a base does."""
+    return tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in _identity(folder))
+
+
 @lru_cache(maxsize=32)
 def _digest(folder: Path, stamp: tuple[tuple[str, int, int], ...]) -> str:  # noqa: ARG001
     """``stamp`` (names, sizes, times) is part of the cache's key: a file that changed is read again."""
@@ -278,8 +313,12 @@ def _built_as(objective: Objective, labels: Sequence[str] | None) -> tuple[Any, 
     """The transformers class for an objective and its settings."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    if objective == "sft":
+    if TASK_TYPES[objective] == "CAUSAL_LM":
         return AutoModelForCausalLM, {}
+    if objective != "classification":
+        return AutoModelForSequenceClassification, {"num_labels": 1} | (
+            {"problem_type": "regression"} if objective == "regression" else {}
+        )
     rows = dict(enumerate(labels or ()))
     label2id = {label: row for row, label in rows.items()}
     return AutoModelForSequenceClassification, {"num_labels": len(rows), "id2label": rows, "label2id": label2id}

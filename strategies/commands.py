@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from protocol.adapter import Adapter
+from protocol.plan import Plan
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON line instead of tables.")]
 
@@ -36,10 +37,11 @@ def evaluate(
     if path is None:
         raise ConfigurationError(str(config), ["data.evaluate: missing; name a file there, or give --data"])
     plan, base = job.plan(), find(job.base_model)
-    rows, adapters = load_rows(path, plan), _adapters(adapter or [], base.digest)
-    results = {"base": measure(plan, base, rows)}
-    for name, tensors in adapters.items():
-        results[name] = measure(plan, base, rows, tensors)
+    rows, adapters = load_rows(path, plan), _adapters(adapter or [], base.digest, plan)
+    near = _adapters([job.start], base.digest, plan)[str(job.start)][1] if job.start else Adapter()
+    results = {"base": measure(plan, base, rows, None, near)}
+    for name, (use, tensors) in adapters.items():
+        results[name] = measure(use, base, rows, tensors, near)
     if as_json:
         typer.echo(json.dumps({"rows": len(rows), "results": results}))
         return
@@ -57,16 +59,17 @@ def generate(
     """Answers with the base, and with each adapter."""
     from protocol.configuration import parse
     from protocol.files import base_model_of
-    from protocol.plan import QUANTISED, Plan
+    from protocol.plan import QUANTISED
     from strategies.base_model import EMBEDDED, find
     from strategies.generation import answer
 
     name = base_model or (base_model_of(adapter[0]) if adapter else EMBEDDED)
     method = "qlora" if precision in QUANTISED else "lora"
-    plan = parse({"base_model": name, "precision": precision, "method": method}, Plan, source="command line")
+    told = {"base_model": name, "precision": precision, "method": method, "data": {"max_length": max_new_tokens}}
+    plan = parse(told, Plan, source="command line")
     base = find(name)
-    asked: dict[str, Adapter | None] = {"base": None, **_adapters(adapter or [], base.digest)}
-    answers = {who: answer(plan, base, questions, tensors, max_new_tokens) for who, tensors in asked.items()}
+    asked: dict[str, tuple[Plan, Adapter | None]] = {"base": (plan, None), **_adapters(adapter or [], base.digest, plan)}
+    answers = {who: answer(use, base, questions, tensors, max_new_tokens) for who, (use, tensors) in asked.items()}
     if as_json:
         typer.echo(json.dumps({"questions": questions, "answers": answers}, ensure_ascii=False))
         return
@@ -76,10 +79,12 @@ def generate(
             typer.echo(f"  {who}: {texts[at]}")
 
 
-def _adapters(folders: list[Path], base_digest: str) -> "dict[str, Adapter]":
-    from protocol.files import read_adapter
+def _adapters(folders: list[Path], base_digest: str, plan: Plan) -> dict[str, tuple[Plan, Adapter]]:
+    """Each with the plan to use it with: its folder says how it was made, whatever the plan was written for."""
+    from protocol.files import read_stored
 
-    return {str(folder): read_adapter(folder, base_digest=base_digest)[0] for folder in folders}
+    found = (read_stored(folder, base_digest=base_digest) for folder in folders)
+    return {str(stored.folder): (stored.on(plan), stored.adapter) for stored in found}
 
 
 def _table(title: str, results: dict[str, dict[str, float]]) -> None:

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from protocol.adapter import Adapter
 from protocol.plan import Plan
+from strategies.adapted import with_adapter
 from strategies.base_model import Base
 from strategies.data.encode import prompt_ids
-from strategies.evaluation.measure import with_adapter
 
 
 def answer(plan: Plan, base: Base, questions: Sequence[str], adapter: Adapter | None, max_new_tokens: int) -> list[str]:

@@ -9,13 +9,14 @@ import re
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from protocol.errors import ConfigurationError
 
 Kernel = Literal["nf4", "int8", "optimizers"]
+Type = Literal["fp32", "fp16", "bf16"]
 _GIB = 2**30
 _UNITS = {
     "": 1,
@@ -34,17 +35,24 @@ _QUERY = "index,uuid,name,memory.total,memory.free,compute_cap"
 
 @dataclass(frozen=True)
 class Rates:
-    """Nominal rates of a device.
+    """Rates of a device: nominal ones from its datasheet, and what of them is really reached.
 
     Attributes:
         bandwidth: Of its memory, bytes a second.
         flops: Dense floating-point operations a second by type, without sparsity; 16-bit ones accumulate in float32.
         source: Where the figures stand.
+        achieved: Shares of these rates that large matrix products were measured to reach: power and clocks hold boards below
+            their datasheets, the T4 most. 1 for a type that is not in it.
+        watts: Of the board at its limit; None where it is not known.
+        link: To another GPU, bytes a second in one direction.
     """
 
     bandwidth: float
-    flops: Mapping[Literal["fp32", "fp16", "bf16"], float]
+    flops: Mapping[Type, float]
     source: str
+    achieved: Mapping[Type, float] = field(default_factory=dict)
+    watts: float | None = None
+    link: float = 32e9
 
 
 @dataclass(frozen=True)
@@ -236,33 +244,63 @@ def _read(path: str) -> str:
         return ""
 
 
-def _nominal(bandwidth_gb: float, half_tera: float, single_tera: float, source: str, *, bf16: bool = True) -> Rates:
-    flops: dict[Literal["fp32", "fp16", "bf16"], float] = {"fp32": single_tera * 1e12, "fp16": half_tera * 1e12}
-    return Rates(bandwidth_gb * 1e9, flops | ({"bf16": half_tera * 1e12} if bf16 else {}), source)
+def _nominal(
+    bandwidth_gb: float,
+    half_tera: float,
+    single_tera: float,
+    watts: float,
+    source: str,
+    *,
+    measured_tera: float | None = None,
+    link_gb: float = 32,
+    bf16: bool = True,
+) -> Rates:
+    half = {"fp16": half_tera * 1e12, "bf16": half_tera * 1e12} if bf16 else {"fp16": half_tera * 1e12}
+    flops: Mapping[Type, float] = cast("Mapping[Type, float]", {"fp32": single_tera * 1e12, **half})
+    share = measured_tera / half_tera if measured_tera else _UNMEASURED
+    return Rates(
+        bandwidth_gb * 1e9,
+        flops,
+        source,
+        {kind: _SINGLE if kind == "fp32" else share for kind in flops},
+        watts,
+        link_gb * 1e9,
+    )
 
 
+# Where no measurement was found: the median of those below. Float32 outside tensor cores: 14 of 15.7 TFLOP/s on a V100
+# (github.com/mli/transformers-benchmarks).
+_UNMEASURED, _SINGLE = 0.85, 0.89
 _ADA, _AMPERE = "NVIDIA Ada GPU architecture whitepaper", "NVIDIA Ampere GA102 whitepaper"
-# Words of the driver's name -> nominal rates; the more specific name first.
+# Words of the driver's name -> rates; the more specific name first. The nominal ones were held against public copies of the
+# datasheets in November 2026 (dense, float32 accumulation: half of what is advertised "with sparsity", and on GeForce half of
+# what accumulates in float16). ``measured_tera`` are matrix products as others measured them: S. Bekman, Machine Learning
+# Engineering (github.com/stas00/ml-engineering, compute/accelerator), and github.com/mag-/gpu_benchmark; the T4 at its power
+# limit, forums.developer.nvidia.com/t/264462. Links: NVLink where the board has it, else PCI Express with its lanes.
 _RATES: Mapping[str, Rates] = {
-    "B200": _nominal(8000, 2250, 80, "NVIDIA DGX B200 datasheet"),
-    "H200": _nominal(4800, 989, 67, "NVIDIA H200 datasheet"),
-    "H100 PCIE": _nominal(2000, 756, 51, "NVIDIA H100 datasheet"),
-    "H100": _nominal(3350, 989, 67, "NVIDIA H100 datasheet"),
-    "A100 80GB PCIE": _nominal(1935, 312, 19.5, "NVIDIA A100 datasheet"),
-    "A100 80GB": _nominal(2039, 312, 19.5, "NVIDIA A100 datasheet"),
-    "A100": _nominal(1555, 312, 19.5, "NVIDIA A100 datasheet"),
-    "L40S": _nominal(864, 362, 91.6, "NVIDIA L40S datasheet"),
-    "L4": _nominal(300, 121, 30.3, "NVIDIA L4 datasheet"),
-    "A10G": _nominal(600, 70, 35, "NVIDIA A10G datasheet (AWS G5)"),
-    "A10": _nominal(600, 125, 31.2, "NVIDIA A10 datasheet"),
-    "A6000": _nominal(768, 154.8, 38.7, "NVIDIA RTX A6000 datasheet"),
-    "V100": _nominal(900, 125, 15.7, "NVIDIA V100 datasheet", bf16=False),
-    "T4": _nominal(320, 65, 8.1, "NVIDIA T4 datasheet", bf16=False),
-    "RTX 5090": _nominal(1792, 209.5, 104.8, "NVIDIA RTX Blackwell whitepaper"),
-    "RTX 4090": _nominal(1008, 165.2, 82.6, _ADA),
-    "RTX 4060": _nominal(272, 30.2, 15.1, _ADA),
-    "RTX 3090": _nominal(936, 71, 35.6, _AMPERE),
-    "RTX 3060": _nominal(360, 25.5, 12.7, _AMPERE),
+    "B200": _nominal(8000, 2250, 80, 1000, "NVIDIA HGX B200 datasheet", measured_tera=1745, link_gb=900),
+    "H200": _nominal(4800, 989, 67, 700, "NVIDIA H200 datasheet", measured_tera=794.5, link_gb=450),
+    "H100 PCIE": _nominal(2000, 756, 51, 350, "NVIDIA H100 datasheet", measured_tera=499.5, link_gb=64),
+    "H100 NVL": _nominal(3900, 835, 60, 400, "NVIDIA H100 datasheet", measured_tera=488.5, link_gb=300),
+    "H100": _nominal(3350, 989, 67, 700, "NVIDIA H100 datasheet", measured_tera=794.5, link_gb=450),
+    "A100 80GB PCIE": _nominal(1935, 312, 19.5, 300, "NVIDIA A100 datasheet", measured_tera=252.9),
+    "A100 80GB": _nominal(2039, 312, 19.5, 400, "NVIDIA A100 datasheet", measured_tera=271.2, link_gb=300),
+    "A100 PCIE": _nominal(1555, 312, 19.5, 250, "NVIDIA A100 datasheet", measured_tera=252.9),
+    "A100": _nominal(1555, 312, 19.5, 400, "NVIDIA A100 datasheet", measured_tera=271.2, link_gb=300),
+    "L40S": _nominal(864, 362, 91.6, 350, "NVIDIA L40S datasheet", measured_tera=252),
+    "L40": _nominal(864, 181, 90.5, 300, "NVIDIA L40 datasheet", measured_tera=170.3),
+    "L4": _nominal(300, 121, 30.3, 72, "NVIDIA L4 datasheet", measured_tera=91.4, link_gb=16),
+    "A10G": _nominal(600, 70, 35, 300, "NVIDIA A10G datasheet (AWS G5)", measured_tera=69.7),
+    "A10": _nominal(600, 125, 31.2, 150, "NVIDIA A10 datasheet"),
+    "A40": _nominal(696, 149.7, 37.4, 300, "NVIDIA A40 datasheet"),
+    "A6000": _nominal(768, 154.8, 38.7, 300, "NVIDIA RTX A6000 datasheet", measured_tera=131.2),
+    "V100": _nominal(900, 125, 15.7, 300, "NVIDIA V100 datasheet", measured_tera=95, link_gb=150, bf16=False),
+    "T4": _nominal(320, 65, 8.1, 70, "NVIDIA T4 datasheet", measured_tera=24, link_gb=16, bf16=False),
+    "RTX 5090": _nominal(1792, 209.5, 104.8, 575, "NVIDIA RTX Blackwell whitepaper", link_gb=64),
+    "RTX 4090": _nominal(1008, 165.2, 82.6, 450, _ADA, measured_tera=178.8),
+    "RTX 4060": _nominal(272, 30.2, 15.1, 115, _ADA, link_gb=16),
+    "RTX 3090": _nominal(936, 71, 35.6, 350, _AMPERE, measured_tera=78),
+    "RTX 3060": _nominal(360, 25.5, 12.7, 170, _AMPERE),
 }
 
 

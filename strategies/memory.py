@@ -51,6 +51,8 @@ _BYTES: Mapping[Dtype, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 _WORKSPACE = 2 * (2 * 4096 + 8 * 16) * 1024
 # The caching allocator rounds and splits: reserved over allocated bytes of published runs (benchmarks/memory_points.csv).
 FRAGMENTATION = 1.06
+# glibc's heap around freed tensors: 1.36 to 1.67 measured (benchmarks/LOG.md); ``strategies.allocator`` can do without it.
+HEAP = 1.7
 # Kernels and handles of a CUDA 12 process, loaded lazily; they were over 1 GB up to CUDA 11.6.
 CONTEXT = 500_000_000
 _TILE_TOKENS, _TILE_COLUMNS = 4096, 32768
@@ -113,6 +115,7 @@ class Setup:
         targets: Module names, or every linear layer but the head.
         lora_dropout: Of LoRA's input.
         trained_parameters: Trained besides: of ``adapter``, a classifier's head, embeddings that are saved whole; in float32.
+        frozen_share: Of full fine-tuning's layers; those below keep activations all the same here, which is too much.
         batch: Rows of one step on one GPU; a preference pair is one row.
         sequence: Tokens of a row, padding included.
         gradient_checkpointing: Layers are computed again in the backward pass.
@@ -135,6 +138,7 @@ class Setup:
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     lora_dropout: float = 0.0
     trained_parameters: int = 0
+    frozen_share: float = 0.0
     batch: int = 1
     sequence: int = 512
     gradient_checkpointing: bool = False
@@ -196,6 +200,8 @@ class Setup:
         ]
         if not 0 <= self.lora_dropout < 1:
             problems.append(f"lora_dropout: found {self.lora_dropout!r}, expected at least 0 and less than 1")
+        if not 0 <= self.frozen_share < 1:
+            problems.append(f"frozen_share: found {self.frozen_share!r}, expected at least 0 and less than 1")
         if not self.targets:
             problems.append("targets: empty; name at least one module, or all-linear")
         return problems
@@ -210,6 +216,8 @@ class Setup:
             )
         if self.method == "adapter" and not self.trained_parameters:
             problems.append("method adapter: needs trained_parameters")
+        if self.frozen_share and self.method != "full":
+            problems.append(f"frozen_share: is for method full, found {self.method}")
         if self.kbit_preparation and not quantised:
             problems.append("kbit_preparation: is for a quantised base; found quantization none")
         if self.reference not in ("none", "precomputed") and self.objective not in ("dpo", "rl"):
@@ -242,7 +250,7 @@ class Estimate:
 
     Attributes:
         peak_bytes: Allocated (``torch.cuda.max_memory_allocated``); the sum of ``parts``.
-        reserved_bytes: With what the allocator cannot reuse (``max_memory_reserved``).
+        reserved_bytes: With what the allocator cannot reuse (``max_memory_reserved``; on a CPU, what stays resident).
         device_bytes: With the context: what ``nvidia-smi`` shows, and what must fit.
         parts: Bytes by part at the moment of the peak.
         moment: When that is.
@@ -270,7 +278,7 @@ def estimate(architecture: Architecture, setup: Setup) -> Estimate:
     moment, parts = max(moments.items(), key=lambda item: sum(item[1].values()))
     peak = sum(parts.values())
     on_gpu = setup.device == "cuda"
-    reserved = math.ceil(peak * FRAGMENTATION) if on_gpu else peak
+    reserved = math.ceil(peak * (FRAGMENTATION if on_gpu else HEAP))
     whole = reserved + (CONTEXT if on_gpu else 0)
     return Estimate(peak, reserved, whole, {part: size for part, size in parts.items() if size}, moment, step.trained)
 
@@ -300,7 +308,10 @@ class _Step:
         self.head = architecture.head_parameters if self.language else 0
         self.base = architecture.parameters - architecture.head_parameters + self.head
         self.added = factors + setup.trained_parameters
-        self.trained = self.base + setup.trained_parameters if self.full else self.added
+        layers = sum(architecture.parts[part] for part in ("linears", "experts", "norms"))
+        stays = architecture.embedding_parameters * (setup.frozen_share > 0) + setup.frozen_share * layers
+        self.base_trained = max(0, math.ceil(self.base - stays)) if self.full else 0
+        self.trained = self.base_trained + self.added
         self.shards = setup.gpus if setup.sharding in ("zero3", "fsdp") else 1
         self.arithmetic = self._arithmetic()
 
@@ -389,7 +400,7 @@ class _Step:
 
     def _trained_bytes(self) -> float:
         """Bytes of all that trains, in its own type."""
-        return (self.base * self.stored if self.full else 0) + 4 * self.added
+        return self.base_trained * self.stored + 4 * self.added
 
     def _gradients(self) -> float:
         sharded = self.s.sharding != "none"

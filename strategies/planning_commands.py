@@ -1,7 +1,9 @@
-"""Verbs that look before they train: ``fedge probe-hardware`` and ``fedge memory``."""
+"""Verbs that look before they train: ``fedge probe-hardware``, ``memory``, ``plan``, ``compare`` and ``roadmap``."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -9,6 +11,9 @@ import typer
 if TYPE_CHECKING:
     from strategies.hardware import Gpu
     from strategies.memory import Estimate
+    from strategies.request import Answer
+    from strategies.roadmap import Phase
+    from strategies.selector import Candidate
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON line instead of tables.")]
 GpuMemory = Annotated[str | None, typer.Option(help="Memory of each GPU instead of what is here, such as 24GB or 24GiB.")]
@@ -20,6 +25,9 @@ def mount(app: typer.Typer) -> None:
     """Adds the verbs to the command."""
     app.command("probe-hardware")(probe_hardware)
     app.command()(memory)
+    app.command()(plan)
+    app.command()(compare)
+    app.command()(roadmap)
 
 
 def probe_hardware(gpu_memory: GpuMemory = None, gpus: Gpus = None, profile: Profile = None, as_json: Json = False) -> None:
@@ -119,6 +127,291 @@ def memory(
         typer.echo(json.dumps({**asdict(found), "parameters": architecture.parameters, "setup": asdict(setup)}))
         return
     _show(f"{architecture.model_type}, {architecture.parameters / 1e9:.2f} B parameters, {method}", found)
+
+
+Question = Annotated[Path | None, typer.Argument(help="YAML: base_model, data, task, limits, hardware, wishes.")]
+BaseModel = Annotated[str | None, typer.Option(help="Hub name, folder, config.json, installed package, or tiny.")]
+Data = Annotated[Path | None, typer.Option(help="Training rows, to measure facts on.")]
+TaskFacts = Annotated[
+    list[str] | None, typer.Option("--task", help="A fact or wish of the task, such as rows=5000 or quality=critical.")
+]
+Allowed = Annotated[list[str] | None, typer.Option("--limit", help="What is allowed, such as hours=8 or max_rank=16.")]
+Wishes = Annotated[list[str] | None, typer.Option("--wish", help="A field of the plan that must be so: method=lora, lora.r=8.")]
+
+
+def plan(
+    question: Question = None,
+    base_model: BaseModel = None,
+    data: Data = None,
+    task: TaskFacts = None,
+    limit: Allowed = None,
+    wish: Wishes = None,
+    gpu_memory: GpuMemory = None,
+    gpus: Gpus = None,
+    profile: Profile = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Also every reason, rule and rung of the ladder.")] = False,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Take a few real steps here first, and keep what they show.")
+    ] = False,
+    output: Annotated[Path | None, typer.Option(help="Write the YAML that fedge train takes; one file for each stage.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Finds the best way to fine-tune that fits this machine, and says why."""
+    from strategies.request import answer
+
+    asked = _asked(question, base_model, data, task, limit, wish, gpu_memory, gpus, profile)
+    found = answer(asked)
+    if calibrate and found.selection.chosen:
+        from strategies.calibration import calibrate as measure
+
+        found = answer(asked, measure(found.selection.chosen.plan.model_copy(update={"base_model": asked.base_model})))
+    written = _write(found, output) if output else []
+    if as_json:
+        typer.echo(json.dumps({**_answered(found), "written": [str(path) for path in written]}))
+    else:
+        _show_answer(found, explain=explain)
+        for path in written:
+            typer.echo(f"wrote {path}")
+    if found.selection.chosen is None:
+        raise typer.Exit(1)
+
+
+def compare(
+    question: Question = None,
+    base_model: BaseModel = None,
+    data: Data = None,
+    task: TaskFacts = None,
+    limit: Allowed = None,
+    wish: Wishes = None,
+    gpu_memory: GpuMemory = None,
+    gpus: Gpus = None,
+    profile: Profile = None,
+    as_json: Json = False,
+) -> None:
+    """Puts every strategy side by side: memory, hours, money, expected quality, complexity, what it is worth."""
+    from strategies.request import answer
+
+    found = answer(_asked(question, base_model, data, task, limit, wish, gpu_memory, gpus, profile))
+    if as_json:
+        rejected = [asdict(one) for one in found.selection.rejected]
+        typer.echo(json.dumps({"strategies": [_told(one) for one in found.selection.feasible], "rejected": rejected}))
+        return
+    _show_candidates(found)
+
+
+def roadmap(
+    question: Question = None,
+    base_model: BaseModel = None,
+    data: Data = None,
+    task: TaskFacts = None,
+    limit: Allowed = None,
+    wish: Wishes = None,
+    gpu_memory: GpuMemory = None,
+    gpus: Gpus = None,
+    profile: Profile = None,
+    as_json: Json = False,
+) -> None:
+    """Lays out the way from a quick validation to production, made from the plan that was chosen."""
+    from strategies.request import answer
+    from strategies.roadmap import roadmap as lay_out
+
+    found = answer(_asked(question, base_model, data, task, limit, wish, gpu_memory, gpus, profile))
+    phases = lay_out(found)
+    if as_json:
+        typer.echo(json.dumps({"phases": [_phase(phase) for phase in phases], "warnings": found.selection.warnings}))
+    elif phases:
+        for number, phase in enumerate(phases, 1):
+            _show_phase(number, phase)
+    else:
+        _show_answer(found, explain=False)
+    if not phases:
+        raise typer.Exit(1)
+
+
+def _asked(
+    question: Path | None,
+    base_model: str | None,
+    data: Path | None,
+    task: Sequence[str] | None,
+    limit: Sequence[str] | None,
+    wish: Sequence[str] | None,
+    gpu_memory: str | None,
+    gpus: int | None,
+    profile: str | None,
+) -> Any:
+    """The request of a file, with what the command line says on top."""
+    from protocol.configuration import parse, read_yaml
+    from protocol.errors import ConfigurationError
+    from strategies.request import Request, problems_of
+
+    content = {} if question is None else read_yaml(question)
+    if not isinstance(content, dict):
+        parse(content, Request, source=str(question))
+    problems: list[str] = []
+    if data is None and question is not None and isinstance(named := content.get("data"), str):
+        content["data"] = str(question.resolve().parent / named)
+    content |= {name: value for name, value in (("base_model", base_model), ("data", data and str(data))) if value}
+    machine = {"gpu_memory": gpu_memory, "gpus": gpus, "profile": profile}
+    if any(value is not None for value in machine.values()):
+        content["hardware"] = {name: value for name, value in machine.items() if value is not None}
+    for section, given in (("task", task), ("limits", limit), ("wishes", wish)):
+        content[section] = {**(content.get(section) or {}), **_pairs(given or (), section, problems)}
+    try:
+        if problems:
+            raise ConfigurationError("command line", problems)
+        return parse(content, Request, source=str(question or "command line"))
+    except ConfigurationError as error:  # the parts may have problems of their own: all are told at once
+        more = [problem for problem in problems_of(content) if problem.partition(": ")[2] not in " ".join(error.problems)]
+        raise ConfigurationError(error.source, [*error.problems, *more]) from None
+
+
+def _pairs(given: Sequence[str], section: str, problems: list[str]) -> dict[str, Any]:
+    from protocol.configuration import value_of
+
+    found = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            problems.append(f"--{section.rstrip('s') if section != 'wishes' else 'wish'}: found {text!r}, expected NAME=VALUE")
+            continue
+        found[name] = value_of(value)
+    return found
+
+
+def _write(found: "Answer", output: Path) -> list[Path]:
+    """One job for each stage; a later one goes on from the adapter of the one before."""
+    import yaml
+
+    from protocol.files import write_whole
+    from strategies.request import job_of
+    from strategies.settings import REWARD_STAGE
+
+    written: list[Path] = []
+    chosen = found.selection.chosen
+    start = reward = None
+    for number, stage in enumerate(chosen.stages if chosen else (), 1):
+        path = output if number == 1 else output.with_name(f"{output.stem}-{number}-{stage.objective}{output.suffix}")
+        kept = (path.parent / "runs" / path.stem).resolve()
+        job = job_of(
+            stage, chosen.reasons if chosen else {}, found.request, kept, None if stage.objective == "reward" else start
+        )
+        if stage.rl.reward_model == REWARD_STAGE and reward:
+            job["rl"]["reward_model"] = str(reward)
+        write_whole(path, yaml.safe_dump(job, sort_keys=False))
+        written.append(path)
+        if stage.objective == "reward":
+            reward = kept / "adapter"
+        else:
+            start = kept / "adapter"
+    return written
+
+
+def _answered(found: "Answer") -> dict[str, Any]:
+    selection = found.selection
+    return {
+        "chosen": _told(selection.chosen) if selection.chosen else None,
+        "feasible": [_told(one) for one in selection.feasible],
+        "rejected": [asdict(one) for one in selection.rejected],
+        "rules": [rule.id for rule in selection.rules],
+        "advice": list(selection.advice),
+        "warnings": list(selection.warnings),
+        "ladder": [{"change": rung.change, "needs_bytes": rung.needs_bytes} for rung in selection.ladder],
+        "tier": selection.tier,
+        "task": found.task.model_dump(mode="json"),
+        "measured": list(found.measured),
+    }
+
+
+def _told(one: "Candidate") -> dict[str, Any]:
+    return {
+        "name": one.name,
+        "rule": one.rule.id,
+        "stages": [stage.model_dump(mode="json", exclude_defaults=True) for stage in one.stages],
+        "reasons": dict(one.reasons),
+        "peak_bytes": one.peak_bytes,
+        "hours": None if one.seconds is None else one.seconds / 3600,
+        "money": one.money,
+        "quality": one.quality,
+        "complexity": one.complexity,
+        "preference": one.preference,
+        "value": one.value,
+    }
+
+
+def _phase(phase: "Phase") -> dict[str, Any]:
+    told = {key: value for key, value in vars(phase).items() if key != "plan"}
+    return told | {"plan": phase.plan.model_dump(mode="json", exclude_defaults=True) if phase.plan else None}
+
+
+def _show_answer(found: "Answer", *, explain: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from strategies.request import decided
+
+    console, selection = Console(), found.selection
+    if selection.chosen:
+        one = selection.chosen
+        table = Table("field", "value", "why", title=f"chosen: {one.name}")
+        for number, stage in enumerate(one.stages, 1):
+            for name, value in decided(stage, one.reasons).items():
+                why = one.reasons.get(name, "") if number == 1 else ""
+                table.add_row(f"{number}. {name}" if len(one.stages) > 1 else name, _short(value), why)
+        console.print(table)
+    _show_candidates(found)
+    for warning in selection.warnings:
+        console.print(f"! {warning}", highlight=False)
+    for advice in selection.advice:
+        console.print(f"· {advice}", highlight=False)
+    if not explain:
+        return
+    console.print(f"tier: {selection.tier}")
+    for rule in selection.rules:
+        when = " and ".join(map(str, rule.when)) or "always"
+        console.print(f"rule {rule.id}: {when} ({rule.source})", highlight=False)
+    for rung in selection.ladder:
+        console.print(f"on out of memory: {rung.change} ({rung.needs_bytes / 1e9:.1f} GB)", highlight=False)
+    if found.measured:
+        console.print(f"measured on the data: {', '.join(f'{n}={getattr(found.task, n)}' for n in found.measured)}")
+
+
+def _show_candidates(found: "Answer") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("strategy", "GB", "hours", "money", "quality", "complexity", "value", title="what fits")
+    for one in found.selection.feasible:
+        hours = "?" if one.seconds is None else f"{one.seconds / 3600:.3g}"
+        money = "?" if one.money is None else f"{one.money:.2f}"
+        row = (f"{one.peak_bytes / 1e9:.1f}", hours, money, one.quality, str(one.complexity), f"{one.value:.3g}")
+        table.add_row(one.name, *row)
+    console = Console()
+    if found.selection.feasible:
+        console.print(table)
+    out = Table("strategy", "why not", title="what does not")
+    for rejected in found.selection.rejected:
+        out.add_row(rejected.name, rejected.reason)
+    if found.selection.rejected:
+        console.print(out)
+
+
+def _show_phase(number: int, phase: "Phase") -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    console.print(f"[bold]{number}. {phase.name}[/bold]: {phase.goal}")
+    if phase.plan:
+        hours = "hours not known" if phase.hours is None else f"{phase.hours:.3g} h"
+        money = "" if phase.money is None else f", {phase.money:.2f}"
+        console.print(f"   {phase.strategy}, {phase.rows} rows, {phase.peak_bytes / 1e9:.1f} GB, {hours}{money}")
+    for title, lines in (("begins when", phase.entry), ("ends when", phase.exit), ("risk", phase.risks)):
+        for line in lines:
+            console.print(f"   {title}: {line}")
+
+
+def _short(value: Any) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= 40 else f"{text[:37]}…"
 
 
 def _gpu(gpu: "Gpu") -> dict[str, object]:

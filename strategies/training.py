@@ -3,22 +3,35 @@
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from protocol.adapter import Adapter
+from protocol.files import whole_folder
 from protocol.plan import QUANTISED, Plan
-from strategies.base_model import Base, load
-from strategies.data.encode import encode
+from strategies.adapted import with_adapter
+from strategies.base_model import Base, load, load_tokenizer
+from strategies.data.encode import Encoded, encode
 from strategies.data.formats import Row
 from strategies.methods.method import NOTHING
 from strategies.methods.registry import method_of, shape
-from strategies.objectives import classification, sft
+from strategies.objectives import classification, dpo, kto, regression, reward, rl, sft
+from strategies.objectives.penalty import penalised
 from strategies.objectives.proximal import proximal
+from strategies.objectives.reference import OVER_GIVEN_ANSWERS, switchable, told
 from strategies.objectives.work import Work
 
-_OBJECTIVES = {"sft": sft, "classification": classification}
+_OBJECTIVES = {
+    "sft": sft,
+    "pretraining": sft,  # on other rows
+    "classification": classification,
+    "regression": regression,
+    "dpo": dpo,
+    "kto": kto,
+    "reward": reward,
+    "rl": rl,
+}
 _NOTHING = Adapter()
 
 
@@ -49,7 +62,8 @@ class Trained:
     Attributes:
         adapter: Absolute tensors, float32.
         metrics: ``train-loss``, ``train-seconds``, ``train-steps``, ``trainable-parameters``, ``cut-rows``,
-            ``dropped-rows`` and, with held-out rows, ``eval-loss`` of the last evaluation.
+            ``dropped-rows``, with held-out rows ``eval-loss`` of the last evaluation, and what the method has to say
+            (full, freezing: ``energy-kept``, ``weights-moved``).
     """
 
     adapter: Adapter
@@ -63,11 +77,13 @@ def fit(
     held_out: Sequence[Row] = (),
     *,
     start: Adapter = _NOTHING,
+    reference: Adapter | None = None,
     fresh: bool = False,
     trains: Literal["both", "A", "B"] = "both",
     own_labels: frozenset[int] | None = None,
     stretch: Stretch | None = None,
     folder: Path | None = None,
+    whole: Path | None = None,
     progress: bool = False,
 ) -> Trained:
     """Trains once.
@@ -79,11 +95,14 @@ def fit(
         held_out: Rows for evaluation while training (``plan.training.eval_steps``).
         start: Adapter to start from; directions beyond the plan's rank are frozen in place. Without factors in it, they begin
             as the plan says (``lora.init_lora_weights``).
+        reference: What dpo, kto and rl stay near, the adapter that the model had before the objective began
+            (``strategies.objectives.reference``). Without it, ``start``.
         fresh: All directions of ``start`` are frozen in place, and new factors train beside them (FLoRA).
         trains: Which factor trains (FFA-LoRA, RoLoRA).
         own_labels: Classification: the only rows of the head that train; None for all.
         stretch: Where on a longer learning-rate schedule this is.
         folder: Keeps checkpoints and TensorBoard logs; without it nothing is kept.
+        whole: A method that trains weights of the base saves the model that it made there, as transformers do.
         progress: Show progress bars.
 
     Raises:
@@ -92,13 +111,19 @@ def fit(
     """
     from transformers import PrinterCallback, set_seed
 
+    watch = plan.training.eval_steps and held_out
+    train, kept = _encoded(rows, base, plan), _encoded(held_out, base, plan) if watch else None
+    near = start if reference is None else reference
+    given, moved = plan.objective in OVER_GIVEN_ANSWERS, bool(near.factors or near.dense)
+    if given and moved:  # first of all, so that there is never more than one model in memory
+        train, kept = _told(train, kept, *with_adapter(plan, base, near), plan)
     set_seed(plan.training.seed)
     model, tokenizer = load(base, plan)
     method = method_of(plan)
     model = method.attach(model, plan)
-    train = encode(rows, tokenizer, plan.data.max_length)
-    watch = plan.training.eval_steps and held_out
-    kept = encode(held_out, tokenizer, plan.data.max_length) if watch else None
+    if given and not moved and not switchable(model):
+        train, kept = _told(train, kept, model.eval(), tokenizer, plan)
+    second = plan.objective == "rl" and plan.rl.beta and (moved or not switchable(model))
     with tempfile.TemporaryDirectory(prefix="fedge-") as scratch:
         work = Work(
             model,
@@ -109,9 +134,11 @@ def fit(
             dense=method.dense(model),
             head=shape(base, plan).head,
             own_labels=own_labels,
+            reference=with_adapter(plan, base, near)[0] if second else None,
             trainer_class=lambda parent: _trainer(parent, plan, stretch or Stretch()),
         )
         arguments = _arguments(plan, folder or Path(scratch), bool(watch), progress)
+        arguments["callbacks"] += method.callbacks(model, plan, (stretch or Stretch()).done)
         trainer = _OBJECTIVES[plan.objective].trainer(work, **arguments)
         trainer.args._n_gpu = 1  # noqa: SLF001 - one process, one device; several GPUs go through accelerate's launcher
         _full_precision(model, plan)
@@ -130,7 +157,33 @@ def fit(
         "cut-rows": float(train.cut),
         "dropped-rows": float(train.dropped),
     }
-    return Trained(method.extract(model, taken), metrics | ({"eval-loss": history[-1]} if history else {}))
+    if whole and method.trains_base:
+        with whole_folder(whole) as draft:
+            model.save_pretrained(draft)
+            tokenizer.save_pretrained(draft)
+    adapter = method.extract(model, taken)
+    told = {"eval-loss": history[-1]} if history else {}
+    return Trained(adapter, {**metrics, **told, **method.metrics(model)})
+
+
+def _encoded(rows: Sequence[Row], base: Base, plan: Plan) -> Encoded:
+    encoded = encode(rows, load_tokenizer(base), plan.data.max_length, plan.objective)
+    if plan.objective == "kto":
+        settings = plan.training
+        paired = kto.mismatched(encoded.rows, settings.batch_size, plan.data.max_length, settings.seed)
+        return replace(encoded, rows=paired)
+    return encoded
+
+
+def _told(train: Encoded, kept: Encoded | None, model: Any, tokenizer: Any, plan: Plan) -> tuple[Encoded, Encoded | None]:
+    """The rows with what the reference, this model, says of them."""
+    import torch
+
+    if torch.cuda.is_available() and plan.precision not in QUANTISED:
+        model.to("cuda")
+    pad = int(tokenizer.pad_token_id or 0)
+    kept = replace(kept, rows=told(kept.rows, model, plan, pad)) if kept else None
+    return replace(train, rows=told(train.rows, model, plan, pad)), kept
 
 
 def _arguments(plan: Plan, folder: Path, watch: bool, progress: bool) -> dict[str, Any]:
@@ -178,6 +231,8 @@ def _arguments(plan: Plan, folder: Path, watch: bool, progress: bool) -> dict[st
 
 def _trainer(parent: Any, plan: Plan, stretch: Stretch) -> Any:
     made = _on_a_stretch(parent, stretch)
+    if penalty := method_of(plan).penalty(plan):
+        made = penalised(made, penalty)
     return proximal(made, plan.training.proximal_mu) if plan.training.proximal_mu else made
 
 

@@ -1,7 +1,10 @@
 """What every test shares: where the real data lies, a quiet Flower, one torch thread for repeatable sums."""
 
+import gc
 import os
 import socket
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -46,6 +49,15 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(autouse=True)
+def _libraries_stay() -> Iterator[None]:
+    """Trainers collect garbage at every turn, and would look each time at all that importing the libraries made."""
+    yield
+    if "transformers" in sys.modules and not gc.get_freeze_count():
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)

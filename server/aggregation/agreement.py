@@ -91,7 +91,7 @@ def agreement(common: Array) -> Array:
 def set_aside(common: Array, most: int) -> set[int]:
     """Which of K nodes agree least with those that are left, no more than ``most``."""
     left = list(range(len(common)))
-    while len(common) - len(left) < most:
+    while left and len(common) - len(left) < most:  # nobody votes where nobody changed anything
         agreed = agreement(common[np.ix_(left, left)])
         least = int(np.argmin(agreed))
         if agreed[least] >= SHARE * np.median(agreed):

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from protocol.errors import ConfigurationError
-from protocol.federation import AggregationSettings, RuleName
+from protocol.federation import WITHOUT_STEP, AggregationSettings, RuleName
 from server.aggregation.agreement import Agreement
 from server.aggregation.fedadam import FedAdam
 from server.aggregation.fedavg import FedAvg
@@ -46,8 +46,6 @@ _RULES: dict[RuleName, Callable[..., Rule]] = {
     "trimmed-mean": TrimmedMean,
     "median": Median,
 }
-# Means of what nodes hold, not of what they changed: there is no step to lengthen or shorten.
-_WITHOUT_STEP: tuple[RuleName, ...] = ("hetlora", "flexlora", "fedex")
 
 
 def make(settings: AggregationSettings) -> Rule:
@@ -58,7 +56,7 @@ def make(settings: AggregationSettings) -> Rule:
     """
     given: dict[str, Any] = {"rank_cap": settings.rank_cap}
     rate = settings.server_learning_rate
-    if settings.rule not in _WITHOUT_STEP:
+    if settings.rule not in WITHOUT_STEP:
         given |= {"server_learning_rate": rate} if rate else {}
     elif rate not in (None, 1):
         raise ConfigurationError(

@@ -1,21 +1,30 @@
-"""From the row shapes that people have to the two that training takes: conversations and labelled texts.
+"""From the row shapes that people have to those that objectives take.
 
-| fields | becomes |
-|---|---|
-| input_text, target_text | a question and its answer |
-| instruction, input (optional), output | the same (Alpaca) |
-| messages [{role, content}], tools (optional) | a conversation for every assistant turn: loss on answers only |
-| text, label | a labelled text |
+| fields | becomes | for |
+|---|---|---|
+| input_text, target_text | a question and its answer | sft |
+| instruction, input (optional), output | the same (Alpaca) | sft |
+| messages [{role, content}], tools (optional) | a conversation for every assistant turn: loss on answers only | sft |
+| text | a text | pretraining |
+| text, label | a text and its label; regression: the label is a number | classification, regression |
+| prompt, chosen, rejected | two answers, of which the first was preferred | dpo, reward |
+| prompt, completion, label | an answer that was liked (true) or not (false) | kto |
+| prompt | something to answer | rl |
+
+A prompt is what a user says, or a list of messages. An answer is a text, or a list of messages that ends with it: the answer
+alone, or the prompt's messages and it. A row of another objective is refused also where its fields would do: its label, or
+its second answer, would be left out in silence.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from protocol.errors import DataError
-from protocol.plan import Plan
+from protocol.plan import Objective, Plan
 from strategies.data.files import Raw, raise_all, read
 
 Message = dict[str, str]
@@ -48,7 +57,47 @@ class LabelledText:
     label: int
 
 
-Row = Conversation | LabelledText
+@dataclass(frozen=True)
+class ScoredText:
+    """A text and the number that belongs to it."""
+
+    text: str
+    score: float
+
+
+@dataclass(frozen=True)
+class PlainText:
+    """A text to go on reading as the base did while it was made."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Messages up to an answer, the answer that somebody preferred, and the other one."""
+
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: str
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """Messages up to an answer, the answer, and whether somebody liked it."""
+
+    prompt: tuple[Message, ...]
+    answer: str
+    liked: bool
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Messages that the model answers itself."""
+
+    prompt: tuple[Message, ...]
+
+
+Row = Conversation | LabelledText | ScoredText | PlainText | Preference | Feedback | Prompt
 
 
 class _UnusableError(Exception):
@@ -69,11 +118,11 @@ def load_groups(path: Path, plan: Plan) -> list[list[Row]]:
     raw = read(path)
     groups: list[list[Row]] = []
     problems = []
-    labels = labels_of(plan) if plan.objective == "classification" else {}
+    rows_of = _reader(plan)
     for line, fields in raw:
         try:
             _check_text(fields)
-            groups.append([_labelled(fields, labels)] if labels else list(_conversations(fields)))
+            groups.append(list(rows_of(fields)))
         except _UnusableError as error:
             problems.append((line, str(error)))
     raise_all(path, problems, len(raw))
@@ -95,6 +144,13 @@ def distinct_labels(path: Path) -> tuple[str, ...]:
     if len(labels) < 2:
         raise DataError(f"{path}: every row has the same label; classification needs at least 2")
     return labels
+
+
+def _reader(plan: Plan) -> "Callable[[Raw], Iterable[Row]]":
+    if plan.objective != "classification":
+        return _READERS[plan.objective]
+    labels = labels_of(plan)
+    return lambda row: [_labelled(row, labels)]
 
 
 def _conversations(row: Raw) -> Iterator[Conversation]:
@@ -121,13 +177,17 @@ def _pair(row: Raw, question: str, answer: str, extra: str = "") -> Conversation
     return Conversation(({"role": "user", "content": row[question].strip() + extra},), row[answer].strip())
 
 
-def _turns(messages: Any, tools: Any) -> Iterator[Conversation]:
+def _messages(messages: Any, field: str) -> list[Message]:
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise _UnusableError("messages is not a list of messages")
+        raise _UnusableError(f"{field} is not a list of messages")
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict) or message.get("role") not in _ROLES or not isinstance(message.get("content"), str):
-            raise _UnusableError(f"message {number} needs a role ({', '.join(_ROLES)}) and a text content")
-    plain = [{"role": message["role"], "content": message["content"]} for message in messages]
+            raise _UnusableError(f"{field}: message {number} needs a role ({', '.join(_ROLES)}) and a text content")
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def _turns(messages: Any, tools: Any) -> Iterator[Conversation]:
+    plain = _messages(messages, "messages")
     answers = [at for at, message in enumerate(plain) if message["role"] in _SPOKEN and at > 0]
     if not answers:
         raise _UnusableError("no message of role assistant after the first; there is nothing to learn from")
@@ -156,14 +216,100 @@ def _check_text(row: Raw) -> None:
 
 
 def _labelled(row: Raw, labels: dict[str, int]) -> LabelledText:
-    if not isinstance(row.get("text"), str) or not row["text"].strip():
-        raise _UnusableError("text is missing or empty; expected text")
-    label = _text(row.get("label"))
+    text, label = _text_of(row), _text(row.get("label"))
     if label not in labels:
         found = "missing" if not label else "none of the labels that the plan lists"
         raise _UnusableError(f"label is {found} ({len(labels)} are known)")
-    return LabelledText(row["text"], labels[label])
+    return LabelledText(text, labels[label])
+
+
+def _scored(row: Raw) -> Iterator[ScoredText]:
+    text, label = _text_of(row), row.get("label")
+    try:
+        score = math.nan if label is None or isinstance(label, bool) else float(label)
+    except (ValueError, TypeError, OverflowError):
+        score = math.nan
+    if not math.isfinite(score):
+        raise _UnusableError(f"label is {'missing' if label in (None, '') else 'no number'}; regression needs a finite number")
+    yield ScoredText(text, score)
+
+
+def _texts(row: Raw) -> Iterator[PlainText]:
+    text = _text_of(row)
+    if "label" in row:
+        raise _UnusableError(
+            "label beside text, which pretraining does not look at; use objective classification or regression, or leave it out"
+        )
+    yield PlainText(text)
+
+
+def _preferences(row: Raw) -> Iterator[Preference]:
+    prompt = _prompt(row)
+    chosen, rejected = (_answer(row, name, prompt) for name in ("chosen", "rejected"))
+    if chosen == rejected:
+        raise _UnusableError("chosen and rejected are the same; expected two answers")
+    yield Preference(prompt, chosen, rejected)
+
+
+def _feedback(row: Raw) -> Iterator[Feedback]:
+    prompt = _prompt(row)
+    answer, label = _answer(row, "completion", prompt), _text(row.get("label")).lower()
+    if label not in _LIKED:
+        raise _UnusableError(f"label is {'neither true nor false' if label else 'missing'}; expected true for liked, or false")
+    yield Feedback(prompt, answer, _LIKED[label])
+
+
+def _prompts(row: Raw) -> Iterator[Prompt]:
+    prompt = _prompt(row)
+    if ready := [name for name in ("completion", "chosen", "rejected") if name in row]:
+        raise _UnusableError(
+            f"{' and '.join(ready)} beside prompt, which rl would not look at, since it writes its own answers; use objective "
+            f"{'kto' if ready == ['completion'] else 'dpo'}, or leave them out"
+        )
+    yield Prompt(prompt)
+
+
+def _prompt(row: Raw) -> tuple[Message, ...]:
+    found = row.get("prompt")
+    if isinstance(found, str) and found.strip():
+        return ({"role": "user", "content": found.strip()},)
+    if not found or isinstance(found, str):
+        raise _UnusableError("prompt is missing or empty; expected text, or a list of messages")
+    messages = _messages(found, "prompt")
+    if messages[-1]["role"] in _SPOKEN:
+        raise _UnusableError(f"prompt ends with a message of role {messages[-1]['role']}; expected what is to be answered")
+    return tuple(messages)
+
+
+def _answer(row: Raw, name: str, prompt: tuple[Message, ...]) -> str:
+    found = row.get(name)
+    if isinstance(found, list):
+        *before, last = _messages(found, name)
+        if last["role"] != "assistant" or (before and before != list(prompt)):
+            raise _UnusableError(f"{name} is not one message of role assistant, alone or after those of prompt")
+        found = last["content"]
+    if not isinstance(found, str) or not found.strip():
+        raise _UnusableError(f"{name} is missing or empty; expected text, or a list of messages")
+    return found.strip()
+
+
+def _text_of(row: Raw) -> str:
+    if not isinstance(row.get("text"), str) or not row["text"].strip():
+        raise _UnusableError("text is missing or empty; expected text")
+    return str(row["text"])
 
 
 def _text(value: Any) -> str:
     return value.strip() if isinstance(value, str) else str(value) if isinstance(value, int | bool) else ""
+
+
+_LIKED = {"true": True, "1": True, "false": False, "0": False}
+_READERS: "Mapping[Objective, Callable[[Raw], Iterable[Row]]]" = {
+    "sft": _conversations,
+    "pretraining": _texts,
+    "regression": _scored,
+    "dpo": _preferences,
+    "reward": _preferences,
+    "kto": _feedback,
+    "rl": _prompts,
+}

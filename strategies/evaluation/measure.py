@@ -1,54 +1,66 @@
-"""Loss, perplexity, accuracy and macro-F1 of a base with or without an adapter, on rows that it has not seen."""
+"""What a base with or without an adapter is worth, on rows that it has not seen: each objective's own figures."""
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from protocol.adapter import Adapter
-from protocol.plan import QUANTISED, Plan
-from strategies.base_model import Base, load
+from protocol.plan import Objective, Plan
+from strategies.adapted import with_adapter
+from strategies.base_model import Base, load_tokenizer
 from strategies.data.encode import IGNORED, encode
 from strategies.data.formats import Row
-from strategies.methods.registry import method_of
+from strategies.evaluation import preferences
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-def with_adapter(plan: Plan, base: Base, adapter: Adapter | None) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """The base at the plan's precision, with an adapter of any rank, ready for inference.
-
-    Raises:
-        AdapterError: The adapter does not fit the base.
-    """
-    import torch
-    from transformers import set_seed
-
-    set_seed(plan.training.seed)  # a head that nobody trained yet is the one that training would start from
-    model, tokenizer = load(base, plan)
-    if torch.cuda.is_available() and plan.precision not in QUANTISED:  # a quantised base is there already
-        model.to("cuda")
-    if adapter is None or not (adapter.factors or adapter.dense):
-        return model, tokenizer
-    rank = max(adapter.ranks().values(), default=1) or 1
-    method = method_of(plan)
-    model = method.attach(model, plan.model_copy(update={"lora": plan.lora.with_rank(rank)}))
-    method.load(model, adapter)
-    model.eval()
-    return model, tokenizer
+_NOTHING = Adapter()
+# The one figure to compare by.
+LEADING: Mapping[Objective, str] = {
+    "sft": "accuracy",
+    "pretraining": "perplexity",
+    "classification": "accuracy",
+    "regression": "mse",
+    "dpo": "reward-accuracy",
+    "kto": "loss",
+    "reward": "accuracy",
+    "rl": "reward",
+}
 
 
-def measure(plan: Plan, base: Base, rows: Sequence[Row], adapter: Adapter | None = None) -> dict[str, float]:
+def measure(
+    plan: Plan, base: Base, rows: Sequence[Row], adapter: Adapter | None = None, reference: Adapter = _NOTHING
+) -> dict[str, float]:
     """Measures once.
 
+    Args:
+        plan: Says what for.
+        base: The frozen base.
+        rows: Of the objective's kind.
+        adapter: None for the base as it is.
+        reference: dpo, kto, rl: the adapter that the model had before the objective began.
+
     Returns:
-        ``loss`` in nats (sft: per answer token; classification: per row), ``accuracy`` (sft: share of rows whose greedy
-        answer is the given one, to its last token), ``perplexity`` (sft) or ``macro-f1`` (classification).
+        By objective, losses in nats:
+
+        - sft: ``loss`` per answer token, ``perplexity``, ``accuracy`` (share of rows whose greedy answer is the given one, to
+          its last token). pretraining: ``loss`` per token and ``perplexity``.
+        - classification: ``loss`` per row, ``accuracy``, ``macro-f1``.
+        - regression: ``mse``, ``mae``, ``pearson`` (0 where all labels, or all predictions, are the same).
+        - dpo, kto, reward, rl: ``strategies.evaluation.preferences``.
     """
-    model, tokenizer = with_adapter(plan, base, adapter)
-    encoded = encode(rows, tokenizer, plan.data.max_length)
-    batches = _batches(encoded.rows, plan.training.batch_size, int(tokenizer.pad_token_id or 0), model.device)
-    return _answers(model, batches) if plan.task_type == "CAUSAL_LM" else _labels(model, batches)
+    tokenizer = load_tokenizer(base)
+    encoded = encode(rows, tokenizer, plan.data.max_length, plan.objective).rows
+    if plan.objective in preferences.MEASURED:
+        return preferences.measure(plan, base, encoded, adapter, reference)
+    model, _ = with_adapter(plan, base, adapter)
+    batches = _batches(encoded, plan.training.batch_size, int(tokenizer.pad_token_id or 0), model.device)
+    if plan.objective == "regression":
+        return _numbers(model, batches)
+    if plan.task_type == "SEQ_CLS":
+        return _labels(model, batches)
+    figures = _answers(model, batches)
+    if plan.objective == "pretraining":
+        del figures["accuracy"]  # nobody expects a block of text to be guessed whole
+    return figures
 
 
 def _answers(model: Any, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
@@ -59,7 +71,7 @@ def _answers(model: Any, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
     with torch.inference_mode():
         for batch in batches:
             labels = batch.pop("labels")[:, 1:]
-            logits = model(**batch).logits[:, :-1]
+            logits = model(**batch).logits[:, -labels.shape[1] - 1 : -1]  # a soft prompt's positions come before the text's
             counted = labels != IGNORED
             loss += float(cross_entropy(logits[counted].double(), labels[counted], reduction="sum"))
             tokens += float(counted.sum())
@@ -91,6 +103,23 @@ def _labels(model: Any, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
     }
 
 
+def _numbers(model: Any, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
+    import torch
+
+    pairs = []
+    with torch.inference_mode():
+        for batch in batches:
+            labels = batch.pop("labels").double()
+            pairs.append(torch.stack([model(**batch).logits[:, 0].double(), labels]).cpu())
+    found, wanted = torch.cat(pairs, dim=1)
+    pearson = float(torch.corrcoef(torch.stack([found, wanted]))[0, 1])
+    return {
+        "mse": float((found - wanted).square().mean()),
+        "mae": float((found - wanted).abs().mean()),
+        "pearson": pearson if math.isfinite(pearson) else 0.0,
+    }
+
+
 def _batches(rows: list[dict[str, Any]], size: int, pad: int, device: Any) -> Iterator[dict[str, Any]]:
     """Right-padded batches of rows of like length."""
     import torch
@@ -104,7 +133,7 @@ def _batches(rows: list[dict[str, Any]], size: int, pad: int, device: Any) -> It
             "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad),
             "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
         }
-        if isinstance(part[0]["labels"], int):
+        if isinstance(part[0]["labels"], int | float):
             batch["labels"] = torch.tensor([row["labels"] for row in part])
         else:
             labels = [torch.tensor(row["labels"]) for row in part]

@@ -2,19 +2,24 @@
 
 A module's change is ``scaling * B @ A`` of shape ``(d_out, d_in)`` for every kind of layer. A Conv1D (GPT-2) holds its weight
 as ``(d_in, d_out)`` and an embedding as ``(d_in, d_out)`` with one row per token, so their weights change by the transpose.
+
+DoRA (Liu et al. 2024, arXiv:2402.09353, eq. 5) gives every row of the changed weight a length of its own that trains:
+``m * (W + s B A) / |W + s B A|``, ``m`` of shape ``(d_out,)``. The lengths travel dense, as ``MODULE.lora_magnitude_vector``.
 """
 
-import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from protocol.adapter import Adapter, Array, Factors
+from protocol.adapter import Adapter, Factors
 from protocol.errors import AdapterError, ModelError
-from protocol.plan import QUANTISED, Plan
+from protocol.plan import Plan
 from protocol.product_space import split, stack
 from strategies.base_model import Base, heads, original_weight
+from strategies.methods import targets, whole_modules
+from strategies.methods.dense_tensors import array, check_names, put, taken
+from strategies.methods.frozen_base import prepared
 from strategies.methods.method import NOTHING, Begun
 
 if TYPE_CHECKING:
@@ -22,8 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _PREFIX = "base_model.model."
-_KEPT = "modules_to_save.default"
 _FROZEN = "fedge_frozen_directions"
+_LENGTHS = "lora_magnitude_vector"
 
 
 def attach(model: "PreTrainedModel", plan: Plan) -> "PeftModel":
@@ -35,39 +40,60 @@ def attach(model: "PreTrainedModel", plan: Plan) -> "PeftModel":
     Raises:
         ModelError: The base has none of the modules that the plan names.
     """
-    from peft import LoraConfig, TaskType, get_peft_model, prepare_model_for_kbit_training
-    from torch.nn import Dropout
+    from peft import LoraConfig
 
-    if plan.dropout is not None:
-        for module in model.modules():
-            if isinstance(module, Dropout):
-                module.p = plan.dropout
-    if plan.precision in QUANTISED:
-        checkpointing = plan.training.gradient_checkpointing
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=checkpointing)
     settings = plan.lora
-    _check_targets(model, settings.target_modules)
-    head = heads(model, plan.objective)
-    whole = [*head, *_saved(model, settings.modules_to_save, head)]
-    config = LoraConfig(
+    made = wrapped(
+        model,
+        plan,
+        LoraConfig,
         r=settings.r,
-        lora_alpha=settings.lora_alpha,
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
-        lora_dropout=settings.lora_dropout,
         rank_pattern=dict(settings.rank_pattern),
         alpha_pattern=dict(settings.alpha_pattern),
         init_lora_weights="gaussian" if settings.init_lora_weights == "gaussian" else True,
+    )
+    for layer in layers(made).values():
+        if _is_dora(layer):
+            _set_lengths(layer)  # PEFT's have been rounded to what a 16-bit base is held in, and would change it
+            _keep_scales(layer.get_base_layer())
+    return made
+
+
+def wrapped(model: "PreTrainedModel", plan: Plan, kind: Any, **more: Any) -> "PeftModel":
+    """The base in PEFT's model, with trainable copies of the head and of ``modules_to_save``.
+
+    Args:
+        model: The base.
+        plan: Says which modules are adapted and which train whole.
+        kind: ``peft.LoraConfig`` or a subclass.
+        more: Its other arguments.
+
+    Raises:
+        ModelError: The base has none of the modules that the plan names, or PEFT cannot adapt one of them.
+    """
+    from peft import TaskType, get_peft_model
+
+    model = prepared(model, plan)
+    settings = plan.lora
+    targets.check(model, () if isinstance(settings.target_modules, str) else settings.target_modules, "lora.target_modules")
+    head = heads(model, plan.objective)
+    whole = [*head, *_saved(model, settings.modules_to_save, head)]
+    config = kind(
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
         target_modules=settings.target_modules if isinstance(settings.target_modules, str) else list(settings.target_modules),
-        exclude_modules=_inside(whole),
+        exclude_modules=whole_modules.inside(whole),
         modules_to_save=whole or None,
         task_type=TaskType(plan.task_type),
+        **more,
     )
     try:
         made: PeftModel = get_peft_model(model, config)
     except (ValueError, TypeError) as error:
         raise ModelError(f"lora.target_modules: {error}") from None
-    _keep_whole_modules_in_fp32(made, head)
+    whole_modules.keep_in_fp32(made, head)
     return made
 
 
@@ -96,7 +122,7 @@ def begin(model: "PeftModel", plan: Plan, base: Base) -> Begun:
     if start in ("default", "gaussian"):
         return {}
     begun = {}
-    for module, layer in _layers(model).items():
+    for module, layer in layers(model).items():
         if _is_embedding(layer) or (start == "loftq" and not get_bnb_param_type(layer.get_base_layer().weight)):
             continue
         whole = _weight(layer)
@@ -104,7 +130,9 @@ def begin(model: "PeftModel", plan: Plan, base: Base) -> Begun:
             whole = original_weight(base, f"{module}.weight", model.get_base_model().base_model_prefix).to(whole) - whole
         begun[module] = _fill(layer, whole, 16 if start == "pissa_niter_16" else 0)
         if start != "loftq":
-            _freeze(layer, replace(begun[module], scaling=-begun[module].scaling))
+            freeze(layer, replace(begun[module], scaling=-begun[module].scaling))
+        elif _is_dora(layer):
+            _set_lengths(layer, begun[module])
     return begun
 
 
@@ -114,7 +142,8 @@ def load(model: "PeftModel", adapter: Adapter, *, fresh: bool = False) -> None:
     The adapter's leading directions fill the trainable ones. If it has fewer than ``r``, the others keep PEFT's fresh start (A
     uniform, B zero), which adds nothing to the product and leaves room to learn. If it has more, those beyond ``r`` are
     added to the layer's output and stay frozen: a node of small rank trains little of the global adapter but sees all of
-    it, so that what it changes is right for the model that everyone gets.
+    it, so that what it changes is right for the model that everyone gets. Lengths (DoRA) that the adapter does not hold are
+    those of the weights that its factors make: a plain LoRA adapter then answers here as it does anywhere.
 
     Args:
         model: From ``attach``.
@@ -126,28 +155,26 @@ def load(model: "PeftModel", adapter: Adapter, *, fresh: bool = False) -> None:
     """
     import torch
 
-    layers, tensors = _layers(model), dense(model)
-    for kind, found, known in (("modules", adapter.factors, layers), ("tensors", adapter.dense, tensors)):
-        if unknown := sorted(found.keys() - known.keys()):
-            raise AdapterError(f"{len(unknown)} {kind} are not in this model (the first is {unknown[0]}); is it of this base?")
+    there, tensors = layers(model), dense(model)
+    check_names("modules", adapter.factors, there)
+    check_names("tensors", adapter.dense, tensors)
     with torch.no_grad():
         for module, pair in adapter.factors.items():
-            a, b = _pair(layers[module])
+            a, b = _pair(there[module])
             if pair.shape != (b.shape[0], a.shape[1]):
                 raise AdapterError(f"{module}: found shape {pair.shape}, expected {(b.shape[0], a.shape[1])}")
             own, rest = split(pair, 0 if fresh else a.shape[0])
             a[: own.r] = torch.from_numpy(np.array(own.A)).to(a)
-            b[:, : own.r] = torch.from_numpy(np.array(own.B) * (own.scaling / layers[module].scaling["default"])).to(b)
-            _freeze(layers[module], rest)
-        for name, tensor in adapter.dense.items():
-            if tensor.shape != tuple(tensors[name].shape):
-                raise AdapterError(f"{name}: found shape {tensor.shape}, expected {tuple(tensors[name].shape)}")
-            tensors[name].copy_(torch.from_numpy(np.array(tensor)).to(tensors[name]))
+            b[:, : own.r] = torch.from_numpy(np.array(own.B) * (own.scaling / there[module].scaling["default"])).to(b)
+            freeze(there[module], rest)
+            if _is_dora(there[module]):
+                _set_lengths(there[module], pair)
+    put(tensors, adapter.dense)
 
 
 def train_only(model: "PeftModel", factor: Literal["both", "A", "B"]) -> None:
     """Freezes the other factor of every module (FFA-LoRA, RoLoRA); dense tensors train all the same."""
-    for layer in _layers(model).values():
+    for layer in layers(model).values():
         for name, parameter in zip("AB", _pair(layer), strict=True):
             parameter.requires_grad_(factor in ("both", name))
 
@@ -160,11 +187,11 @@ def extract(model: "PeftModel", begun: Begun = NOTHING) -> Adapter:
         begun: What ``begin`` returned. It is taken away exactly: ``[B, -B_0] [A; A_0]``, of twice the rank.
     """
     factors = {}
-    for module, layer in _layers(model).items():
+    for module, layer in layers(model).items():
         a, b = _pair(layer)
-        trained = Factors(A=_numpy(a), B=_numpy(b), scaling=float(layer.scaling["default"]))
+        trained = Factors(A=array(a), B=array(b), scaling=float(layer.scaling["default"]))
         factors[module] = beside((1.0, trained), (-1.0, begun[module])) if module in begun else trained
-    return Adapter(factors, {name: _numpy(tensor) for name, tensor in dense(model).items()})
+    return Adapter(factors, taken(dense(model)))
 
 
 def beside(*terms: tuple[float, Factors]) -> Factors:
@@ -174,26 +201,28 @@ def beside(*terms: tuple[float, Factors]) -> Factors:
 
 
 def dense(model: "PeftModel") -> dict[str, Any]:
-    """Parameters of modules that train whole, under the name that PEFT's files give them."""
-    return {
-        name.removeprefix(_PREFIX).replace(f".{_KEPT}", ""): tensor
-        for name, tensor in model.named_parameters()
-        if _KEPT in name
+    """Parameters of modules that train whole, and lengths (DoRA), under the name that PEFT's files give them."""
+    lengths = {
+        f"{module}.{_LENGTHS}": layer.lora_magnitude_vector["default"].weight
+        for module, layer in layers(model).items()
+        if _is_dora(layer)
     }
+    return lengths | whole_modules.tensors(model)
 
 
 def modules(model: "PeftModel") -> dict[str, tuple[int, int]]:
     """``(d_out, d_in)`` by adapted module."""
-    pairs = {module: _pair(layer) for module, layer in _layers(model).items()}
+    pairs = {module: _pair(layer) for module, layer in layers(model).items()}
     return {module: (b.shape[0], a.shape[1]) for module, (a, b) in pairs.items()}
 
 
 def embeddings(model: "PeftModel") -> tuple[str, ...]:
     """The adapted modules that look their weight up by token."""
-    return tuple(sorted(module for module, layer in _layers(model).items() if _is_embedding(layer)))
+    return tuple(sorted(module for module, layer in layers(model).items() if _is_embedding(layer)))
 
 
-def _layers(model: "PeftModel") -> dict[str, Any]:
+def layers(model: "PeftModel") -> dict[str, Any]:
+    """PEFT's layers, by the name of the module that they adapt."""
     from peft.tuners.lora import LoraLayer
 
     return {name.removeprefix(_PREFIX): layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
@@ -203,11 +232,16 @@ def _pair(layer: Any) -> tuple[Any, Any]:
     """A, ``(r, d_in)``, and B, ``(d_out, r)``, as parameters."""
     if _is_embedding(layer):
         return layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
-    return layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    a, b = layer.lora_A["default"], layer.lora_B["default"]
+    return getattr(a, "weight", a), getattr(b, "weight", b)  # AdaLoRA's are bare
 
 
 def _is_embedding(layer: Any) -> bool:
     return "default" in layer.lora_embedding_A
+
+
+def _is_dora(layer: Any) -> bool:
+    return "default" in layer.lora_magnitude_vector
 
 
 def _weight(layer: Any) -> Any:
@@ -215,7 +249,31 @@ def _weight(layer: Any) -> Any:
     from peft.utils.integrations import dequantize_module_weight
 
     weight = dequantize_module_weight(layer.get_base_layer()).detach().float()
-    return weight.T if layer.fan_in_fan_out else weight
+    return weight.T if _is_embedding(layer) or layer.fan_in_fan_out else weight
+
+
+def _set_lengths(layer: Any, pair: Factors | None = None) -> None:
+    """Makes the rows of a changed weight as long as they are without DoRA, so that only their directions have changed."""
+    import torch
+
+    whole = _weight(layer)
+    if pair:
+        b, a = (torch.from_numpy(np.array(half)).to(whole) for half in (pair.B, pair.A))
+        whole = whole + pair.scaling * (b @ a)
+    with torch.no_grad():
+        layer.lora_magnitude_vector["default"].weight.copy_(torch.linalg.norm(whole, dim=1))
+
+
+def _keep_scales(base_layer: Any) -> None:
+    """On a CPU, PEFT makes an int8 weight anew when it reads it, without the scales that bitsandbytes has put aside."""
+    from peft.utils.integrations import get_bnb_param_type
+
+    def put_back(module: Any, inputs: Any) -> None:  # noqa: ARG001
+        if module.weight.SCB is None:
+            module.weight.SCB = module.state.SCB
+
+    if get_bnb_param_type(base_layer.weight) == "8bit":
+        base_layer.register_forward_pre_hook(put_back)
 
 
 def _fill(layer: Any, whole: Any, power_iterations: int) -> Factors:
@@ -236,77 +294,72 @@ def _fill(layer: Any, whole: Any, power_iterations: int) -> Factors:
     with torch.no_grad():
         a[:rank] = (root[:, None] * vt[:rank]).to(a)
         b[:, :rank] = (u[:, :rank] * root).to(b)
-    return Factors(A=_numpy(a), B=_numpy(b), scaling=scaling)
+    return Factors(A=array(a), B=array(b), scaling=scaling)
 
 
-def _freeze(layer: Any, rest: Factors) -> None:
+def freeze(layer: Any, rest: Factors) -> None:
     """Adds frozen directions to a layer's output, in place of those that an earlier call added."""
     if handle := getattr(layer, _FROZEN, None):
         handle.remove()
-    setattr(layer, _FROZEN, layer.register_forward_hook(_adding(layer, rest)) if rest.r else None)
+    setattr(layer, _FROZEN, _adding(layer, rest) if rest.r else None)
 
 
 def _adding(layer: Any, pair: Factors) -> Any:
+    """The hook that adds them; DoRA must see them as it measures the weight's rows, so there they join the trainable ones."""
     import torch
     from torch.nn.functional import embedding
 
     like = _pair(layer)[0]
     a = torch.from_numpy(np.array(pair.A)).to(like)
     b = torch.from_numpy(np.array(pair.B) * pair.scaling).to(like)
-    if not _is_embedding(layer):
-        return lambda module, inputs, output: output + (inputs[0].to(a.dtype) @ a.T @ b.T).to(output.dtype)
+    if _is_dora(layer):
+        return _joining(layer, a, b / layer.scaling["default"])
     # Some bases scale what they look up (Gemma); PEFT scales the trainable directions likewise.
     scale = getattr(layer.get_base_layer(), "embed_scale", 1.0)
-    return lambda module, inputs, output: output + (embedding(inputs[0], a.T) @ b.T * scale).to(output.dtype)
+
+    def add(module: Any, inputs: Any, output: Any) -> Any:
+        if module.disable_adapters:  # without its adapter the model is the base, frozen directions or not
+            return output
+        if _is_embedding(module):
+            return output + (embedding(inputs[0], a.T) @ b.T * scale).to(output.dtype)
+        return output + (inputs[0].to(a.dtype) @ a.T @ b.T).to(output.dtype)
+
+    return layer.register_forward_hook(add)
 
 
-def _check_targets(model: "PreTrainedModel", targets: Literal["all-linear"] | tuple[str, ...]) -> None:
-    """PEFT is content when one of the names is found; here each must name a layer."""
-    wanted = () if isinstance(targets, str) else targets
-    names = [name for name, module in model.named_modules() if getattr(getattr(module, "weight", None), "ndim", 0) == 2]
-    if missing := [target for target in wanted if not any(_ends(name, target) for name in names)]:
-        there = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
-        raise ModelError(f"lora.target_modules: no layer of the base is named {', '.join(missing)}; there are {there}")
+def _joining(layer: Any, a: Any, b: Any) -> Any:
+    """The hook that hands PEFT's DoRA ``[A; a]`` and ``[B, b]`` in place of A and B."""
+    import torch
+
+    class Stacked:
+        """As much of a linear layer as DoRA asks for."""
+
+        def __init__(self, weight: Any) -> None:
+            self.weight = weight
+
+        def __call__(self, x: Any) -> Any:
+            return torch.nn.functional.linear(x, self.weight)
+
+    def join(module: Any, inputs: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:  # noqa: ARG001
+        if _is_embedding(layer):  # there PEFT hands over the transposes
+            joined = {"lora_A": torch.cat([named["lora_A"], a.T], 1), "lora_B": torch.cat([named["lora_B"], b.T])}
+        else:
+            joined = {
+                "lora_A": Stacked(torch.cat([named["lora_A"].weight, a])),
+                "lora_B": Stacked(torch.cat([named["lora_B"].weight, b], 1)),
+            }
+        return inputs, {**named, **joined}
+
+    return layer.lora_magnitude_vector["default"].register_forward_pre_hook(join, with_kwargs=True)
 
 
 def _saved(model: "PreTrainedModel", wanted: tuple[str, ...], head: list[str]) -> list[str]:
     """Whole names of the modules that train whole beside the head."""
     names = [name for name, module in model.named_modules() if name and any(True for _ in module.parameters())]
-    if missing := [target for target in wanted if not any(_ends(name, target) for name in names)]:
+    if missing := [target for target in wanted if not any(targets.ends(name, target) for name in names)]:
         there = ", ".join(sorted({name.rpartition(".")[2] for name in names if not name[-1].isdigit()}))
         raise ModelError(f"lora.modules_to_save: no module of the base is named {', '.join(missing)}; there are {there}")
-    found = [name for name in names if any(_ends(name, target) for target in wanted)]
+    found = [name for name in names if any(targets.ends(name, target) for target in wanted)]
     if twice := [name for name in found if name.partition(".")[0] in head]:
         raise ModelError(f"lora.modules_to_save: {', '.join(twice)} is of the head, which trains whole anyway; leave it out")
     return found
-
-
-def _ends(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
-
-
-def _inside(modules: list[str]) -> str | None:
-    """A regular expression for modules and all within them: what trains whole needs no factors."""
-    return rf"({'|'.join(re.escape(module) for module in modules)})(\..*)?" if modules else None
-
-
-def _keep_whole_modules_in_fp32(model: "PeftModel", head: list[str]) -> None:
-    """In bfloat16 or float16 small updates would be lost; PEFT keeps only the factors in float32.
-
-    What follows an embedding or a norm is held as the base is; after the head comes the loss, which wants float32.
-    """
-    for name, module in model.named_modules():
-        if not name.endswith(_KEPT):
-            continue
-        held = next(module.parameters()).dtype
-        module.float()
-        module.register_forward_pre_hook(
-            lambda module, inputs: tuple(tensor.float() if tensor.is_floating_point() else tensor for tensor in inputs)
-        )
-        if name.removeprefix(_PREFIX).partition(".")[0] not in head:
-            module.register_forward_hook(lambda module, inputs, output, held=held: output.to(held))
-
-
-def _numpy(tensor: Any) -> Array:
-    array: Array = tensor.detach().float().cpu().numpy().copy()
-    return array

@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 from protocol.adapter import Adapter, Factors
 from protocol.plan import Plan
 from strategies.base_model import Base
+from strategies.methods.dense_tensors import check_names, put, taken
 
 Begun = Mapping[str, Factors]
 NOTHING: Begun = MappingProxyType({})
@@ -45,7 +46,9 @@ def no_modules(model: Any) -> dict[str, tuple[int, int]]:  # noqa: ARG001
 
 @dataclass(frozen=True)
 class Method:
-    """One way to fine-tune. What trains is held in float32, whatever the base is held in.
+    """One way to fine-tune.
+
+    What trains is held in float32, whatever the base is held in; but weights of the base itself (full, freezing) as the base.
 
     Attributes:
         attach: ``attach(model, plan)``: the model with what trains in place, everything else frozen. Right after it the
@@ -58,6 +61,10 @@ class Method:
         embeddings: Those of them that look their weight up by token.
         begin: ``begin(model, plan, base)``: starts that are a part of the base; what it returns goes to ``extract``.
         train_only: Freezes one of the two factors.
+        callbacks: ``callbacks(model, plan, done)``: trainer callbacks; ``done`` counts the optimizer steps of earlier rounds.
+        penalty: ``penalty(plan)``: None, or a function of the model whose value is minimised beside the objective's loss.
+        metrics: ``metrics(model)``: figures about what ``extract`` has taken out.
+        trains_base: Weights of the base itself train: an adapter is not all of what was made, the whole model is.
     """
 
     attach: Callable[[Any, Plan], Any]
@@ -68,3 +75,22 @@ class Method:
     embeddings: Callable[[Any], tuple[str, ...]] = lambda model: ()
     begin: Callable[[Any, Plan, Base], Begun] = starts_with_nothing
     train_only: Callable[[Any, Literal["both", "A", "B"]], None] = trains_all
+    callbacks: Callable[[Any, Plan, int], list[Any]] = lambda model, plan, done: []
+    penalty: Callable[[Plan], Callable[[Any], Any] | None] = lambda plan: None
+    metrics: Callable[[Any], Mapping[str, float]] = lambda model: {}
+    trains_base: bool = False
+
+
+def of_tensors(
+    attach: Callable[[Any, Plan], Any], dense: Callable[[Any], dict[str, Any]], load: Load | None = None, **more: Any
+) -> Method:
+    """A method without factors: its adapters are the named tensors that ``dense`` finds, absolute."""
+
+    def put_in_place(model: Any, adapter: Adapter, *, fresh: bool = False) -> None:  # noqa: ARG001 - it has no directions
+        check_names("modules", adapter.factors, ())
+        put(dense(model), adapter.dense)
+
+    def take_out(model: Any, begun: Begun = NOTHING) -> Adapter:  # noqa: ARG001 - it begins with no part of the base
+        return Adapter({}, taken(dense(model)))
+
+    return Method(attach, load or put_in_place, take_out, dense, **more)

@@ -1,14 +1,14 @@
 """From a plan's method to what does it, and the shape of its adapter before any weight is read."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import protocol.plan
 from protocol.plan import DataSettings, LoraSettings, Plan, TrainingSettings
 from strategies.base_model import Base, heads, skeleton
-from strategies.methods import lora
-from strategies.methods.method import Method
+from strategies.methods import adalora, bitfit, bottleneck, freezing, full, ia3, lora, prompts
+from strategies.methods.method import Method, of_tensors
 
 _LORA = Method(
     lora.attach,
@@ -20,9 +20,38 @@ _LORA = Method(
     begin=lora.begin,
     train_only=lora.train_only,
 )
+_FULL = Method(
+    full.attach,
+    full.load,
+    full.extract,
+    full.dense,
+    full.modules,
+    full.embeddings,
+    begin=full.begin,
+    metrics=full.metrics,
+    trains_base=True,
+)
+_PROMPTS = of_tensors(prompts.attach, prompts.dense, prompts.load, begin=prompts.begin)
 METHODS: Mapping[protocol.plan.Method, Method] = {
     "lora": _LORA,
     "qlora": _LORA,
+    "adalora": Method(
+        adalora.attach,
+        adalora.load,
+        adalora.extract,
+        adalora.dense,
+        adalora.modules,
+        callbacks=adalora.callbacks,
+        penalty=adalora.penalty,
+    ),
+    "full": _FULL,
+    "freezing": replace(_FULL, attach=freezing.attach, callbacks=freezing.callbacks),
+    "bitfit": of_tensors(bitfit.attach, bitfit.dense),
+    "bottleneck": of_tensors(bottleneck.attach, bottleneck.dense),
+    "ia3": of_tensors(ia3.attach, ia3.dense),
+    "prompt-tuning": _PROMPTS,
+    "prefix-tuning": _PROMPTS,
+    "p-tuning-v2": _PROMPTS,
 }
 
 
@@ -61,7 +90,7 @@ def shape(base: Base, plan: Plan) -> Shape:
             "lora": lora.model_copy(update={"use_dora": plan.lora.use_dora}),
             "method": "lora" if plan.method == "qlora" else plan.method,
             "precision": "fp32",
-            "data": DataSettings(labels=plan.data.labels),
+            "data": DataSettings(labels=plan.data.labels, max_length=plan.data.max_length),
             "training": TrainingSettings(),
             "dropout": None,
         }

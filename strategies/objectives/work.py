@@ -24,6 +24,7 @@ class Work:
         dense: What trains and is no factor, by the name that adapters give it.
         head: Which of these are a head of the task's own.
         own_labels: Classification: rows of the head that may train; None for all.
+        reference: rl: a second model to stay near; None where that is the model with its adapter switched off.
         trainer_class: Makes the trainer class out of the library's (it adds the schedule).
     """
 
@@ -35,4 +36,5 @@ class Work:
     dense: Mapping[str, Any]
     head: frozenset[str]
     own_labels: frozenset[int] | None
+    reference: Any
     trainer_class: Callable[[Any], Any]

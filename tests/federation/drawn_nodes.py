@@ -10,15 +10,16 @@ import sys
 import time
 
 import numpy as np
-from flwr.app import Error, Message, RecordDict
+from flwr.app import Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
 from protocol.adapter import Adapter, Factors
 from protocol.errors import StartMissingError
 from protocol.federation import Federation
 from protocol.manifest import Manifest
-from protocol.records import METRICS, Offer, metric_record, offer_records, read_call, update_records
+from protocol.records import METRICS, Offer, metric_record, offer_records, read_asked, read_call, update_records
 from protocol.update import Update
+from simulations.grid import InProcessGrid
 
 MODULES = {"layers.0.q": (24, 16), "layers.1.q": (16, 24)}
 DENSE = {"score.weight": (6, 16)}
@@ -57,11 +58,32 @@ def drawn(call, node, arrived):
     return Update(Adapter(factors, dense), manifest)
 
 
-def make_app(seconds=0.0, answer=drawn, adapter_of=lambda node: ""):
+class Scripted(InProcessGrid):
+    """Nodes that come, go and answer as a test says.
+
+    ``connected(node, last)`` tells whether a node is there after round ``last``; ``edit(message, reply)`` makes another reply,
+    or none to leave it. Rounds are counted by what nodes are asked.
+    """
+
+    def __init__(self, app, nodes, *, connected=lambda node, last: True, edit=lambda message, reply: None):
+        super().__init__(app, [{}] * nodes)
+        self.connected, self.edit, self.last = connected, edit, 0
+
+    def get_node_ids(self):
+        return [node for node in super().get_node_ids() if self.connected(node, self.last)]
+
+    def answer(self, message):
+        if message.metadata.message_type == MessageType.TRAIN:
+            self.last = read_asked(message.content).round
+        reply = super().answer(message)
+        return self.edit(message, reply) or reply
+
+
+def make_app(seconds=0.0, answer=drawn, adapter_of=lambda node: "", offered=lambda node: {}):
     """A ClientApp of drawn nodes.
 
     Each takes ``seconds`` to train; ``answer(call, node, arrived)`` makes the update; ``adapter_of(node)`` is the named adapter
-    that it takes part in.
+    that it takes part in, ``offered(node)`` what else it offers in another way.
     """
     app = ClientApp()
     held = {}
@@ -73,16 +95,17 @@ def make_app(seconds=0.0, answer=drawn, adapter_of=lambda node: ""):
 
     @app.query()
     def query(message, context):
-        offer = Offer(
-            name=f"node-{context.node_id}",
-            adapter=adapter_of(context.node_id),
-            base_digest=BASE,
-            method="lora",
-            precision="fp32",
-            r=rank_of(context.node_id),
-            modules=MODULES,
-            dense=DENSE,
-        )
+        facts = {
+            "name": f"node-{context.node_id}",
+            "adapter": adapter_of(context.node_id),
+            "base_digest": BASE,
+            "method": "lora",
+            "precision": "fp32",
+            "r": rank_of(context.node_id),
+            "modules": MODULES,
+            "dense": DENSE,
+        }
+        offer = Offer(**facts | offered(context.node_id))
         return Message(offer_records(offer), reply_to=message)
 
     @app.train()
@@ -123,7 +146,6 @@ def federation(output, seed, **changes):
 
 def main():
     from server.rounds import run
-    from simulations.grid import InProcessGrid
 
     output, seed, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
     app = make_app(seconds)

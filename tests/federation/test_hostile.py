@@ -8,6 +8,8 @@ at all, which is the round loop's (``server.exchange``).
 import json
 
 import pytest
+from drawn_nodes import Scripted, make_app
+from drawn_nodes import federation as drawn_federation
 from flwr.app import Error, Message, MessageType
 
 from benchmarks.admission import EXAMPLES, HOSTILE, NODES, HostileGrid, app, federation, play
@@ -109,14 +111,17 @@ class Strange(InProcessGrid):
         self.strange = strange
 
     def pull_messages(self, message_ids):
-        waiting = [message_id for message_id in message_ids if message_id in self._waiting]
-        for message_id in sorted(waiting, key=lambda key: self._waiting[key].metadata.dst_node_id != LIAR):
-            message = self._waiting.pop(message_id)
-            reply = self.answer(message)
-            lies = message.metadata.message_type == MessageType.TRAIN and message.metadata.dst_node_id == LIAR
-            if replies := self.strange(message, reply) if lies else [reply]:
-                return replies
+        asked = [message_id for message_id, message in self._waiting.items() if self.is_lie(message)]
+        for message_id in message_ids:
+            if message_id in self._waiting and (not asked or message_id in asked):
+                message = self._waiting.pop(message_id)
+                reply = self.answer(message)
+                return self.strange(message, reply) if self.is_lie(message) else [reply]
         return []
+
+    @staticmethod
+    def is_lie(message):
+        return message.metadata.message_type == MessageType.TRAIN and message.metadata.dst_node_id == LIAR
 
 
 def with_metadata(reply, **changes):
@@ -283,6 +288,11 @@ class Joining(InProcessGrid):
         {"dense": {}},
         {"dense": {"score.weight": (3, 4), "score.bias": (2**40,)}},
         {"dense": {"score.weight": (3, 4), "score.bias": (3,) * 10_000}},
+        {"dense": {"score.weight": (3, 4), "score.bias": (3,) * 9}},
+        {"dense": {str(at): (1,) for at in range(100_000)}},
+        {"dense": {"score.weight": (3, 4), "x" * 1000: (3,)}},
+        {"embeddings": ["layers.0.q"]},
+        {"embeddings": ["x"] * 100_000},
         {"more": 1},
     ],
     ids=lambda changes: str(changes)[:40].encode("unicode_escape").decode(),
@@ -293,3 +303,85 @@ def test_an_offer_that_does_not_fit_leaves_out_its_own_node_and_no_other(node, c
     assert len(outcome.left_out) == 1
     assert all(name.isprintable() and reason.isprintable() and len(reason) <= 500 for name, reason in outcome.left_out.items())
     assert outcome.rounds[0].accepted.keys() == EVERYONE - {f"node-{node}"}
+
+
+# Offers for an adapter of its own, which nobody else's are held against --------------------------------------------------
+
+
+def adapters(rule, folder):
+    """The honest nodes 2 to 5 train one adapter; node 1 could train another alone."""
+    plan = {"training": {"batch_size": 10, "num_train_epochs": 1}}
+    return drawn_federation(
+        folder,
+        0,
+        adapters={"legal": plan, "medical": plan},
+        rounds={"count": 2, "cohort": None, "over_selection": 0.0, "minimum_nodes": 1, "wire_down": "fp32"},
+        aggregation={"rule": rule, "server_momentum": 0},
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"modules": {"q": (2**24, 2**24)}, "r": 1024},
+        {"modules": {f"layers.{at}": (2**23, 2**23) for at in range(1000)}, "r": 1},
+        {"dense": {"score.weight": (2**24, 2**24)}},
+        {"dense": {"head": (3,)}},
+        {"dense": {"layers.0.q.lora_A.weight": (3,)}},
+        {"dense": {"x.lora_embedding_B": (3,)}},
+        {"modules": {"(": (6, 5)}},
+        {"modules": {"a\0b": (6, 5)}},
+        {"embeddings": ("score",)},
+    ],
+    ids=lambda changes: str(changes)[:40].encode("unicode_escape").decode(),
+)
+@pytest.mark.parametrize("rule", ["product-delta", "fedavg"])
+def test_a_node_that_offers_what_cannot_be_carried_out_or_kept_ends_no_other_adapter(rule, changes, tmp_path):
+    """Rules like fedavg draw a start of what is offered, and every round keeps all adapters together."""
+    app = make_app(
+        adapter_of=lambda node: "legal" if node == 1 else "medical", offered=lambda node: changes if node == 1 else {}
+    )
+    outcome = run(Scripted(app, 5), adapters(rule, tmp_path))
+    assert list(outcome.left_out) == ["node-1"]
+    assert outcome.kept.keys() == {"medical"}
+    assert [sorted(record.accepted) for record in outcome.rounds if record.adapter == "medical"] == [
+        [f"node-{node}" for node in range(2, 6)]
+    ] * 2
+
+
+# Who comes first, and who never answers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"modules": {"layers.0.q": (24, 17)}}, {"base_digest": "ef" * 32}, {"dense": {}}],
+    ids=["modules", "base", "dense"],
+)
+def test_a_node_that_comes_first_sets_nothing_while_nothing_is_merged(other, tmp_path):
+    """Five come after the first attempt at a round, in which the one that was there alone did not answer."""
+    rounds = {"count": 2, "cohort": None, "over_selection": 0.0, "minimum_nodes": 1, "retries": 1}
+
+    def silent(message, reply):
+        first = message.metadata.dst_node_id == 1 and message.metadata.message_type == MessageType.TRAIN
+        return Message(Error(1, "silent"), reply_to=message) if first else reply
+
+    app = make_app(offered=lambda node: other if node == 1 else {})
+    grid = Scripted(app, 6, connected=lambda node, last: node == 1 or last > 0, edit=silent)
+    outcome = run(grid, drawn_federation(tmp_path, 0, rounds=rounds))
+    assert [sorted(record.accepted) for record in outcome.rounds] == [[f"node-{node}" for node in range(2, 7)]] * 2
+    assert list(outcome.left_out) == ["node-1"]
+
+
+def test_newcomers_that_do_not_answer_keep_no_round_waiting_and_join_when_they_do(tmp_path):
+    """Node 4 comes after the first round and answers after the third. The deadline is the time that a test may take."""
+
+    class Slow(Scripted):
+        def pull_messages(self, message_ids):
+            held = [at for at in message_ids if at in self._waiting and self._waiting[at].metadata.dst_node_id == 4]
+            return super().pull_messages([] if held and self.last < 3 else message_ids)
+
+    rounds = {"count": 5, "cohort": None, "over_selection": 0.0, "minimum_nodes": 1, "timeout_seconds": 600.0}
+    grid = Slow(make_app(), 4, connected=lambda node, last: node < 4 or last > 0)
+    outcome = run(grid, drawn_federation(tmp_path, 0, rounds=rounds))
+    assert ["node-4" in record.accepted for record in outcome.rounds] == [False, False, False, True, True]
+    assert outcome.left_out == {}

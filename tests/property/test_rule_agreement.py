@@ -81,6 +81,21 @@ def test_a_free_rider_that_sends_its_start_back_has_no_vote():
     assert report.updates == 4
 
 
+@pytest.mark.parametrize("nodes", [1, 3, 4, 10])
+def test_where_nobody_changed_anything_nothing_changes(nodes):
+    """Then nobody votes, and nobody is left to be set aside."""
+    rule = Agreement(rank_cap=8)
+    rng = np.random.default_rng(0)
+    current = Adapter(sent(rng, np.eye(D) / D**0.5, liar=False))
+    rule.begin(current)
+    for node in range(nodes):
+        rule.add(update(10, dict(current.factors)), current, f"node-{node}")
+    adapter, report = rule.finalise()
+    # The sum of nothing is the adapter itself, through one SVD in float64 and back to float32.
+    np.testing.assert_allclose(adapter.factors["q"].product(), current.factors["q"].product(), atol=1e-6)
+    assert report.updates == 0
+
+
 def test_a_long_innovation_is_cut_to_a_little_more_than_the_median():
     rng = np.random.default_rng(1)
     common = np.eye(D) / D**0.5

@@ -1,14 +1,17 @@
-"""Every block of the README, of docs/configuration.md and of docs/coordinator.md does what it says."""
+"""Every block of the README and of the pages on configuration, coordinator, adapters and planning does what it says."""
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from fedge import app
 from protocol.configuration import parse
 from simulations.scenario import Scenario
 from strategies.job import Job
@@ -51,9 +54,16 @@ def test_the_readme_trains_evaluates_and_asks(tmp_path):
     assert "What is the daily cash limit?" in told
 
 
+def test_the_readme_plans(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDGE_CACHE", str(tmp_path / "cache"))
+    write_rows(tmp_path)
+    assert "what fits" in run(blocks("README.md", "bash")[1], tmp_path)
+    assert yaml.safe_load((tmp_path / "planned.yaml").read_text())["method"] == "lora"
+
+
 @pytest.mark.slow
 def test_the_readme_simulates(tmp_path):
-    run(blocks("README.md", "bash")[1], tmp_path)
+    run(blocks("README.md", "bash")[2], tmp_path)
     assert (tmp_path / "runs/example/adapter/adapter_model.safetensors").is_file()
 
 
@@ -73,3 +83,25 @@ def test_the_documented_rounds_run_and_the_coordinators_commands_read_them(tmp_p
     assert "every round is done" in told
     assert "round 2: runs/released" in told
     assert (tmp_path / "runs/released/adapter_model.safetensors").is_file()
+
+
+def test_the_documented_adapter_is_trained_used_and_read(tmp_path, monkeypatch):
+    """In this process: three commands in one of their own each would pay for importing torch three times."""
+    write_rows(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "job.yaml").write_text(blocks("docs/adapters.md", "yaml")[0])
+    for line in blocks("docs/adapters.md", "bash")[0].splitlines():
+        done = CliRunner().invoke(app, shlex.split(line)[1:], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+    told = json.loads((tmp_path / "runs/bottleneck/adapter/adapter_config.json").read_text())
+    assert told == json.loads(blocks("docs/adapters.md", "json")[0])
+    subprocess.run([sys.executable, "-c", blocks("docs/adapters.md", "python")[0]], check=True)
+
+
+def test_the_planning_page_plans_trains_compares_and_lays_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDGE_CACHE", str(tmp_path / "cache"))
+    first, second = blocks("docs/planning.md", "bash")
+    assert "what does not" in run(first, tmp_path)
+    told = run(second, tmp_path)
+    assert (tmp_path / "runs/job/adapter/adapter_model.safetensors").is_file()
+    assert "federated pilot" in told

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocol.adapter import Adapter, Factors
-from protocol.codec import BLOCK, CODED, LEVELS, TOP_ONE_IN, encode, pack, unpack
+from protocol.codec import BLOCK, CODED, LEVELS, MOST_ENTRIES, TOP_ONE_IN, encode, pack, unpack
 from protocol.errors import AdapterError
 
 FP16_MAX = 65504.0
@@ -454,6 +454,30 @@ OVER_HELD = {
 def test_a_hostile_payload_is_an_adapter_error(name):
     with pytest.raises(AdapterError):
         unpack(HOSTILE[name])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"unchanged": [0] * (MOST_ENTRIES + 1)},
+        {"factors": {f"{at:x}": [0, 0, 0] for at in range(MOST_ENTRIES // 2)}},
+        {"dense": {f"{at:x}": [-1] for at in range(MOST_ENTRIES + 1)}},
+    ],
+    ids=["unchanged", "modules of rank 0", "no shapes"],
+)
+def test_a_layout_of_more_entries_than_any_base_has_is_refused_unparsed(fields):
+    with pytest.raises(AdapterError, match=rf"found .* bytes, expected at most .* and {MOST_ENTRIES} commas"):
+        unpack(payload(layout=layout(**fields)))
+
+
+@pytest.mark.parametrize("wire", CODED)
+def test_the_largest_layout_of_a_real_base_is_read(wire):
+    """Mixtral 8x22B, every expert adapted, of which one number each: 1568 modules, all but the last unchanged."""
+    pair = Factors(np.ones((1, 1), np.float32), np.ones((1, 1), np.float32))
+    names = [f"model.layers.{at // 28}.block_sparse_moe.experts.{at % 28}.w1" for at in range(1568)]
+    held = Adapter(dict.fromkeys(names, pair))
+    moved = Adapter({**held.factors, names[-1]: Factors(2 * pair.A, pair.B)})
+    assert unpack(pack(moved, wire, held), held).factors.keys() == held.factors.keys()
 
 
 @pytest.mark.parametrize("name", OVER_HELD)

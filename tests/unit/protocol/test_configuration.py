@@ -207,3 +207,109 @@ def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path):
 def test_parse_names_the_source_that_it_was_given():
     with pytest.raises(ConfigurationError, match=r"^run config: 1 problem"):
         parse({"nam": "a", "name": "b"}, Outer, source="run config")
+
+
+# All at once ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "aggregation: {rule: krum, beta_1: 0.5, tau: 1, server_momentum: 0.5}",
+            ["aggregation.beta_1 is not for", "aggregation.tau is not for", "aggregation.server_momentum is not for"],
+        ),
+        (
+            "stages: [{name: a, rounds: 1, plan: {data: {train: x}}}]\nadapters: {a: {}}\nrounds: {cluster: true}\n"
+            "aggregation: {rule: fedavg, attackers: 2}",
+            ["stages and adapters do not go together", "aggregation.attackers is not for", "rounds.cluster compares products"],
+        ),
+        ("aggregation: {rule: krum, beta_1: 0.5, rnk: 1}", ["aggregation.rnk: unknown key", "aggregation.beta_1 is not for"]),
+        ("aggregation: {rule: krum, beta_1: 0.5}\nrounds: {count: x}", ["rounds.count: ", "aggregation.beta_1 is not for"]),
+        (
+            "aggregation: {rule: krum, beta_1: 0.5}\nrounds: {count: x}\nplan: {method: qlora, heda: {}}\nstop: {target: 1}",
+            [
+                "rounds.count: ",
+                "plan.heda: unknown",
+                "plan: method qlora needs",
+                "stop: metric and",
+                "aggregation.beta_1 is not",
+            ],
+        ),
+        ("rounds: {cohort: 2, minimum_nodes: 3}", ["rounds.cohort: 2 updates a round are fewer"]),
+        ("aggregation: {rule: flexlora, server_learning_rate: 2}", ["aggregation.server_learning_rate: found 2"]),
+    ],
+    ids=["one section", "three sections", "beside a typo", "beside a wrong value", "everywhere", "cohort", "without steps"],
+)
+def test_every_conflict_is_told_at_once(tmp_path, text, said):
+    found = problems(tmp_path, text, Federation)
+    assert len(found) == len(said), found
+    for beginning in said:
+        assert any(line.removeprefix("(whole file): ").startswith(beginning) for line in found), (beginning, found)
+
+
+@pytest.mark.parametrize("text", ["aggregation: {ruel: fedadam, beta_1: 0.5}", "aggregation: {rule: fedadm, beta_1: 0.5}"])
+def test_no_conflict_is_told_with_the_default_of_what_was_meant_otherwise(tmp_path, text):
+    """beta_1 is for rule fedadam, which was meant; it is not for product-delta, the default."""
+    (line,) = problems(tmp_path, text, Federation)
+    assert line.startswith(("aggregation.ruel: unknown key; did you mean 'rule'?", "aggregation.rule: input should be"))
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("rounds", "count", "1000000000"),
+        ("rounds", "cohort", "10000000"),
+        ("rounds", "minimum_nodes", "10000000"),
+        ("aggregation", "rank_cap", "1000000"),
+        ("aggregation", "server_learning_rate", "1e160"),
+        ("aggregation", "tau", "1e200"),
+        ("aggregation", "rank_cap", "1" + "0" * 30),
+        ("rounds", "count", "1" + "0" * 400),
+        ("rounds", "seed", "0x" + "f" * 100_000),
+        ("rounds", "pause_rounds", "9" * 10_000),
+    ],
+    ids=lambda value: value[:12],
+)
+def test_a_number_that_no_run_could_be_made_with_is_refused_as_it_is_read(tmp_path, section, key, value):
+    (line,) = problems(
+        tmp_path,
+        f"aggregation: {{rule: fedadam}}\n{section}: {{{key}: {value}}}\n".replace(
+            "aggregation: {rule: fedadam}\naggregation: {", "aggregation: {rule: fedadam, "
+        ),
+        Federation,
+    )
+    assert line.startswith(f"{section}.{key}: input should be less than or equal to") or "whole number beyond 2**63" in line
+
+
+def test_stages_have_no_more_rounds_together_than_one_may_have(tmp_path):
+    stages = ", ".join(f"{{name: s{at}, rounds: 90000, plan: {{}}}}" for at in range(2))
+    (line,) = problems(tmp_path, f"stages: [{stages}]\n", Federation)
+    assert "stages: found 180000 rounds, expected at most 100000" in line
+
+
+@pytest.mark.parametrize("key", ["output", "start"])
+def test_a_path_with_a_nul_is_refused_as_it_is_read(tmp_path, key):
+    (line,) = problems(tmp_path, f'{key}: "a\\0b"\n', Federation)
+    assert f"{key}: found a NUL character" in line
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '"\\e[2J": 1\n',
+        'rounds: {"\\e[2J": 1}\n',
+        'rounds: {count: "\\e[2J"}\n',
+        'adapters: {"\\e[2J": {}}\n',
+        f"? {'x' * 1_000_000}\n: 1\n",
+        f"rounds: {{count: {'x' * 1_000_000}}}\n",
+        f'adapters: {{"{"a" * 10_000}": {{}}}}\n',
+        f'plan: {{lora: {{rank_pattern: {{"({"x" * 10_000}": 2}}}}}}\n',
+        '"\\e[2J": 1\n"\\e[2J": 2\n',
+        f"rounds: !{'x' * 10_000} 1\n",
+    ],
+    ids=lambda text: text[:30],
+)
+def test_what_a_file_holds_is_shown_cut_and_with_its_escapes_written_out(tmp_path, text):
+    found = problems(tmp_path, text, Federation)
+    assert all(line.isprintable() and len(line) <= 1500 for line in found), found

@@ -11,6 +11,7 @@ from protocol.adapter import Adapter, Factors
 from protocol.errors import AdapterError, BaseMismatchError
 from protocol.files import base_model_of, read_adapter, whole_folder, write_adapter, write_whole
 from protocol.manifest import Manifest
+from protocol.plan import Plan
 
 # PEFT 0.21 asks transformers 5.23 for a property under its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -19,6 +20,7 @@ BASE = "ab" * 32
 MANIFEST = Manifest(base_digest=BASE, kind="adapter", method="lora", r=3, num_examples=7)
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 Q = "model.layers.0.self_attn.q_proj"
+PLAN = Plan(base_model="some/base")
 
 
 def some_adapter(seed=0, scaling=2.0):
@@ -30,8 +32,8 @@ def some_adapter(seed=0, scaling=2.0):
     return Adapter({Q: Factors(normal(3, 5), normal(4, 3), scaling)}, {"score.weight": normal(2, 5)})
 
 
-def write(folder, adapter=None, manifest=MANIFEST, task_type="CAUSAL_LM"):
-    write_adapter(folder, adapter or some_adapter(), manifest, base_model="some/base", task_type=task_type)
+def write(folder, adapter=None, manifest=MANIFEST, objective="sft"):
+    write_adapter(folder, adapter or some_adapter(), manifest, Plan(base_model="some/base", objective=objective))
     return folder
 
 
@@ -199,7 +201,7 @@ def test_peft_loads_a_classifier_that_we_write_with_identical_logits(tmp_path, k
     from peft import PeftModel
 
     trained = peft_model(classifier(kind), task_type="SEQ_CLS", r=4, lora_alpha=8, target_modules=["query", "value"])
-    folder = write(tmp_path / "a", taken_out(trained), task_type="SEQ_CLS")
+    folder = write(tmp_path / "a", taken_out(trained), objective="classification")
     assert np.array_equal(logits(PeftModel.from_pretrained(classifier(kind), folder).eval()), logits(trained))
 
 
@@ -414,8 +416,8 @@ def test_a_configuration_from_which_no_scaling_follows_is_refused(tmp_path, chan
 
 def test_an_adapter_of_another_kind_is_refused_though_it_holds_no_factors(tmp_path):
     folder = write(tmp_path / "a")
-    save_file({f"base_model.model.{Q}.ia3_l": np.ones((4, 1), np.float32)}, folder / WEIGHTS)
-    edit_config(folder, peft_type="IA3")
+    save_file({f"base_model.model.{Q}.vera_lambda_b": np.ones(4, np.float32)}, folder / WEIGHTS)
+    edit_config(folder, peft_type="VERA")
     with pytest.raises(AdapterError, match="expected 'LORA'"):
         read_adapter(folder)
 
@@ -473,7 +475,7 @@ def test_a_block_that_fails_midway_leaves_nothing_new_and_the_old_as_it_was(tmp_
 def test_an_adapter_whose_last_file_cannot_be_written_leaves_no_folder(tmp_path):
     # The base's name is no JSON value, which shows only after the weights are on disk.
     with pytest.raises(TypeError):
-        write_adapter(tmp_path / "a", some_adapter(), MANIFEST, base_model=object(), task_type="CAUSAL_LM")
+        write_adapter(tmp_path / "a", some_adapter(), MANIFEST, PLAN.model_copy(update={"base_model": object()}))
     assert left_in(tmp_path) == []
 
 
@@ -481,7 +483,7 @@ def test_an_adapter_whose_last_file_cannot_be_written_leaves_the_one_before(tmp_
     before = some_adapter(scaling=1.0)
     write(tmp_path / "a", before)
     with pytest.raises(TypeError):
-        write_adapter(tmp_path / "a", some_adapter(1), MANIFEST, base_model=object(), task_type="CAUSAL_LM")
+        write_adapter(tmp_path / "a", some_adapter(1), MANIFEST, PLAN.model_copy(update={"base_model": object()}))
     assert left_in(tmp_path) == ["a"]
     assert read_adapter(tmp_path / "a")[0].digest() == before.digest()
 

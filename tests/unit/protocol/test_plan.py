@@ -203,7 +203,8 @@ LABELLED = {"objective": "classification", "data": {"labels": ["a", "b"]}}
 @pytest.mark.parametrize("rule", ["flora", "ffa", "rolora", "fedsa", "hetlora", "flexlora", "fedex"])
 def test_a_rule_about_factors_is_refused_beside_a_method_that_trains_none(method, rule):
     (line,) = problems({"plan": {"method": method}, "aggregation": {"rule": rule}}, Federation)
-    assert line == f"(whole file): plan.method: {rule} merges factors that nodes train, and {method} trains none; take rule product-delta"
+    said = f"{rule} merges factors that nodes train, and {method} trains none; take rule product-delta"
+    assert line == f"(whole file): plan.method: {said}"
 
 
 @pytest.mark.parametrize("method", ["full", "freezing"])

@@ -3,6 +3,9 @@
 import io
 import json
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocol.adapter import Adapter, Factors
-from protocol.codec import CODED, encode, pack
+from protocol.codec import CODED, LONGEST_TEXT, MOST_ENTRIES, encode, pack
 from protocol.errors import FedgeError, MessageError, StartMissingError
 from protocol.manifest import Manifest
 from protocol.plan import LoraSettings, Plan
@@ -508,6 +511,11 @@ OFFER = Offer(name="n", base_digest=BASE, method="lora", precision="fp32", r=2, 
         {"dense": {"score": 3}},
         {"dense": {"score": ["x"]}},
         {"dense": {"score": [-3, 2]}},
+        {"dense": {"score": [1] * 9}},
+        {"dense": {"": [1]}},
+        {"dense": {"x" * 257: [1]}},
+        {"modules": {Q: [2**24 + 1, 5]}},
+        {"embeddings": ["x" * 257]},
         {"hardware": "H100"},
     ],
     ids=str,
@@ -539,6 +547,81 @@ def test_a_refusal_does_not_grow_with_what_was_sent(where):
     with pytest.raises(MessageError) as caught:
         read(records)
     assert len(str(caught.value)) < 2000
+
+
+# ---- texts that would take more memory than they have letters ------------------------------------------------------------
+
+
+def texts(entries):
+    """Texts of so many entries that parse into far more, by what they are read as."""
+    manifest, offer, many = MANIFEST.model_dump(mode="json"), OFFER.model_dump(mode="json"), range(entries)
+    return {
+        "a manifest's embeddings": (manifest | {"embeddings": [0] * entries}, read_update),
+        "a manifest's keys": (manifest | {f"{at:x}": 0 for at in many}, read_update),
+        "an offer's shape": (offer | {"dense": {"a": [0] * entries}}, read_offer),
+        "an offer's modules": (offer | {"modules": {f"{at:x}": [1, 1] for at in many}}, read_offer),
+        "an offer's nameless modules": (offer | {"modules": {f"{at:x}": [0] for at in many}}, read_offer),
+    }
+
+
+@pytest.mark.parametrize("what", texts(1))
+def test_a_text_of_more_entries_than_any_base_has_is_refused_unparsed(what):
+    """Two million zeros in four megabytes became gigabytes of errors; unparsed, there is no word of what is wrong with them."""
+    content, read = texts(MOST_ENTRIES + 1)[what]
+    with pytest.raises(MessageError, match=rf"found \d+ letters, expected at most {LONGEST_TEXT} and {MOST_ENTRIES} commas"):
+        read(RecordDict({"fedge": ConfigRecord({"json": json.dumps(content)})}))
+
+
+def test_a_text_without_an_entry_too_many_is_refused_if_it_is_too_long():
+    with pytest.raises(MessageError, match="expected at most"):
+        read_offer(RecordDict({"fedge": changed(OFFER, {"name": "x" * LONGEST_TEXT})}))
+
+
+MEASURED = """
+import json, sys
+from protocol.codec import MOST_ENTRIES
+from protocol.errors import MessageError
+sys.path.insert(0, {folder!r})
+from test_records import ConfigRecord, RecordDict, texts
+
+def held(line):
+    return next(int(row.split()[1]) for row in open("/proc/self/status") if row.startswith(line)) / 1000
+
+for content, read in texts(MOST_ENTRIES // 2 - 100).values():
+    records = RecordDict({{"fedge": ConfigRecord({{"json": json.dumps(content)}})}})
+    before = held("VmRSS")
+    open("/proc/self/clear_refs", "w").write("5")
+    try:
+        read(records)
+    except MessageError:
+        pass
+    print(held("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the most memory that a process had")
+def test_what_is_parsed_takes_no_more_memory_than_its_entries_explain():
+    """A kilobyte for each of 32,000 entries, the worst that pydantic makes of one, is 33 MB; twice that is allowed."""
+    program = MEASURED.format(folder=str(Path(__file__).parent))
+    root = Path(__file__).parents[3]
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
+    peaks = [float(line) for line in done.stdout.split()]
+    assert len(peaks) == len(texts(1))
+    assert max(peaks) < 70
+
+
+def test_the_largest_offer_of_a_real_base_is_read():
+    """Mixtral 8x22B, every expert adapted with DoRA: more modules than any base that this project knows of."""
+    layers = [
+        f"model.layers.{layer}.block_sparse_moe.experts.{expert}.w{w}"
+        for layer in range(56)
+        for expert in range(8)
+        for w in (1, 2, 3)
+    ]
+    layers += [f"model.layers.{layer}.self_attn.{name}_proj" for layer in range(56) for name in "qkvo"]
+    dense = {f"{module}.lora_magnitude_vector.weight": [16384] for module in layers}
+    offer = changed(OFFER, {"modules": {module: [16384, 6144] for module in layers}, "dense": dense})
+    assert len(read_offer(RecordDict({"fedge": offer})).modules) == 1568
 
 
 @pytest.mark.parametrize("form", ["raw pickle", "object array", "npz of objects"])

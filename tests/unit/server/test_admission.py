@@ -13,9 +13,9 @@ from protocol.codec import encode
 from protocol.errors import MessageError
 from protocol.manifest import Manifest
 from protocol.plan import Plan
-from protocol.records import Call, Offer, read_update, update_records
+from protocol.records import Call, Offer, payload_bytes, read_update, update_records
 from protocol.update import Update
-from server.admission import LARGEST, MOST_EXAMPLES, check, check_offer, most_examples
+from server.admission import LARGEST, MOST_EXAMPLES, check, check_offer, check_shape, memory_bytes, most_bytes, most_examples
 from server.aggregation.product_delta import ProductDelta
 
 BASE, START = "ab" * 32, "cd" * 32
@@ -85,6 +85,7 @@ def test_what_was_offered_and_asked_is_accepted(candidate):
         ({"num_examples": MOST_EXAMPLES + 1}, "num-examples"),
         ({"method": "full"}, "method"),
         ({"precision": ""}, "precision"),
+        ({"embeddings": (Q,)}, "embeddings"),
         ({"r": 1}, "r"),
         ({"r": 3}, "r"),
     ],
@@ -257,10 +258,10 @@ def test_whatever_was_admitted_merges_into_numbers_that_can_be_sent_again(a, b, 
         pair = Factors(np.float32(a * rng.normal(size=(2, 5))), np.float32(b * rng.normal(size=(4, 2))))
         candidate = update(factors={Q: pair}, dense={"score.bias": np.float32(a * rng.normal(size=3))})
     try:
-        norm = check(candidate, OFFER, CALL, NOTHING)
+        change = check(candidate, OFFER, CALL, NOTHING)
     except MessageError:
         return  # refused: the other good end
-    assert np.isfinite(norm)
+    assert np.isfinite(change).all()
     rule = ProductDelta(rank_cap=4)
     rule.add(candidate, Adapter())
     merged, _ = rule.finalise()
@@ -290,13 +291,62 @@ def test_the_norm_is_that_of_the_dense_change_of_everything_that_was_trained(see
         sent.dense["score.bias"],
     ]
     wanted = np.sqrt(sum(np.sum(change**2) for change in changes))
-    found = check(Update(sent, manifest(), rows), OFFER, CALL, start)
+    found = check(Update(sent, manifest(), rows), OFFER, CALL, start).norm
     assert found == pytest.approx(wanted, rel=1e-9)  # Grams in float64 lose half of its 16 digits where products cancel
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_the_directions_apart_have_the_norm_of_a_product_in_which_none_shares_anything_with_another(seed):
+    """Oracle: each direction's own product, formed. Cancelling or not, and whatever the start, they count alike."""
+    sent = drawn(np.random.default_rng(seed))
+    squares = [
+        np.sum((pair.scaling * np.outer(b, a)) ** 2)
+        for pair in sent.factors.values()
+        for b, a in zip(pair.B.T, pair.A, strict=True)
+    ]
+    found = check(Update(sent, manifest()), OFFER, CALL, drawn(np.random.default_rng(9)))
+    assert found.apart == pytest.approx(np.sqrt(np.sum(squares)), rel=1e-12)
+
+
+WIDE = Offer(name="bank", base_digest=BASE, method="lora", precision="fp32", r=2, modules={Q: (64, 64)})
+
+
+def nearly_cancelling(size, steps):
+    """A direction of entries near ``size`` and its negative, some float32 steps apart; and the norm of what is left."""
+    rng = np.random.default_rng(0)
+    x, a = (size * rng.uniform(1, 1.1, 64).astype(np.float32) for _ in range(2))
+    y = x + np.float32(steps) * np.spacing(x)
+    left = np.linalg.norm(y.astype(np.float64) - x) * np.linalg.norm(a.astype(np.float64))  # float64 holds both exactly
+    pair = Factors(np.stack([a, a]), np.stack([x, -y], axis=1))
+    return Update(Adapter({Q: pair}), manifest()), left
+
+
+def test_the_norm_is_right_where_directions_cancel():
+    """Of 4600 a hundred thousandth is left. Gram matrices err by 1e-16 of the squares: by a millionth of what is left."""
+    candidate, left = nearly_cancelling(8.0, 100)
+    found = check(candidate, WIDE, CALL, NOTHING)
+    assert found.apart > 4000
+    assert left < 0.1
+    assert found.norm == pytest.approx(left, rel=1e-5)
+
+
+def test_directions_that_are_too_large_are_refused_though_they_cancel():
+    """Where many nodes are merged sums are in float32, which would leave a ten millionth of such directions in the adapter."""
+    candidate, left = nearly_cancelling(8e3, 1)
+    assert left < LARGEST
+    with pytest.raises(MessageError, match=rf"^{Q}: found norm .* where directions do not cancel, expected at most 10000"):
+        check(candidate, WIDE, CALL, NOTHING)
+
+
 def test_an_update_that_changed_nothing_has_the_norm_zero():
-    same = update()
-    assert check(same, OFFER, CALL, same.adapter) == pytest.approx(0.0, abs=1e-6)
+    """Exactly, for zeros are nobody's measure. B is divided by the scaling and multiplied again, in float32."""
+    rng = np.random.default_rng(0)
+    pair = Factors(rng.normal(size=(2, 5)).astype(np.float32), rng.normal(size=(4, 2)).astype(np.float32))
+    again = Factors(pair.A, pair.B / np.float32(0.7) * np.float32(0.7))
+    assert not np.array_equal(again.B, pair.B)
+    same = update(factors={Q: again})
+    start = Adapter({**same.adapter.factors, Q: pair}, same.adapter.dense)
+    assert check(same, OFFER, CALL, start).norm == 0.0
 
 
 def test_where_b_stays_at_its_node_the_norm_is_that_of_a():
@@ -306,7 +356,18 @@ def test_where_b_stays_at_its_node_the_norm_is_that_of_a():
     start = Adapter({m: Factors(pair.A, 0 * pair.B) for m, pair in began.factors.items()}, sent.dense)
     wanted = np.sqrt(sum(np.sum((zero[m].A - start.factors[m].A) ** 2) for m in zero))
     call = CALL.model_copy(update={"personal_b": True})
-    assert check(Update(Adapter(zero, sent.dense), manifest()), OFFER, call, start) == pytest.approx(wanted, rel=1e-12)
+    assert check(Update(Adapter(zero, sent.dense), manifest()), OFFER, call, start).norm == pytest.approx(wanted, rel=1e-12)
+
+
+def test_where_b_stays_at_its_node_directions_that_it_did_not_send_count_for_nothing():
+    """The rule averages a row of A over those that sent it. By hand, from the one direction that came."""
+    sent, began = drawn(np.random.default_rng(0)), drawn(np.random.default_rng(1))
+    start = Adapter({m: Factors(pair.A, 0 * pair.B) for m, pair in began.factors.items()}, sent.dense)
+    fewer = {m: Factors(pair.A[:1], 0 * pair.B[:, :1]) for m, pair in sent.factors.items()}
+    wanted = np.sqrt(sum(np.sum((fewer[m].A[0] - start.factors[m].A[0]) ** 2) for m in fewer))
+    call = CALL.model_copy(update={"personal_b": True})
+    found = check(Update(Adapter(fewer, sent.dense), manifest(r=1)), OFFER, call, start)
+    assert found.norm == pytest.approx(wanted, rel=1e-12)
 
 
 # ---- what was not to change -------------------------------------------------------------------------------------------
@@ -358,7 +419,7 @@ def test_beside_a_frozen_adapter_a_fresh_pair_is_free():
     fresh = update()
     wanted = np.sqrt(sum(np.sum(pair.product() ** 2) for pair in fresh.adapter.factors.values()))
     start = Adapter({}, fresh.adapter.dense)
-    assert check(fresh, OFFER, CALL.model_copy(update={"fresh": True}), start) == pytest.approx(wanted, rel=1e-12)
+    assert check(fresh, OFFER, CALL.model_copy(update={"fresh": True}), start).norm == pytest.approx(wanted, rel=1e-12)
 
 
 # ---- offers -----------------------------------------------------------------------------------------------------------
@@ -399,3 +460,95 @@ def test_a_name_that_cannot_be_shown_is_refused_and_shown_in_escapes(name):
 
 def test_the_order_of_names_in_an_offer_does_not_matter():
     check_offer(OFFER.model_copy(update={"modules": dict(reversed(OFFER.modules.items()))}), OFFER, "lora")
+
+
+# ---- shapes that others are held against --------------------------------------------------------------------------------
+
+MEMORY = 2**40
+# Llama 3 70B: 80 layers of seven linear layers; and vocabularies as large as Gemma's.
+SIZES = {"q_proj": (8192, 8192), "k_proj": (1024, 8192), "v_proj": (1024, 8192), "o_proj": (8192, 8192)}
+SIZES |= {"gate_proj": (28672, 8192), "up_proj": (28672, 8192), "down_proj": (8192, 28672)}
+LINEAR = {f"model.layers.{layer}.self_attn.{name}": size for layer in range(80) for name, size in SIZES.items()}
+VOCABULARY = {"model.embed_tokens.weight": (262144, 8192), "lm_head.weight": (262144, 8192)}
+NORMS = {f"model.layers.{layer}.input_layernorm.weight": (8192,) for layer in range(80)}
+HONEST = {
+    "lora of the largest rank": ("lora", {"r": 1024, "modules": LINEAR, "dense": {}}),
+    "embeddings and head": (
+        "lora",
+        {"modules": LINEAR | {"model.embed": (262144, 8192)}, "embeddings": ("model.embed",), "dense": VOCABULARY},
+    ),
+    "dora": ("qlora", {"modules": LINEAR, "dense": {f"{m}.lora_magnitude_vector.weight": (s[0],) for m, s in LINEAR.items()}}),
+    "a classifier": ("lora", {"modules": LINEAR, "dense": {"score.weight": (30, 8192), "classifier.dense.bias": (8192,)}}),
+    "full": ("full", {"modules": LINEAR, "dense": NORMS | VOCABULARY}),
+    "bitfit": ("bitfit", {"modules": {}, "dense": {f"{module}.bias": (size[0],) for module, size in LINEAR.items()}}),
+    "ia3": ("ia3", {"modules": {}, "dense": {f"{module}.ia3_l": (1, 8192) for module in LINEAR}}),
+    "a prompt": ("prompt-tuning", {"modules": {}, "dense": {"prompt_embeddings": (20, 8192), "score.weight": (30, 8192)}}),
+    "a prefix": ("p-tuning-v2", {"modules": {}, "dense": {"prompt_embeddings": (20, 80 * 2 * 8192)}}),
+}
+
+
+def offered(method, changes):
+    """Through JSON, as it comes: whatever bounds it meets on the way count."""
+    precision = "nf4" if method == "qlora" else "fp32"
+    about = OFFER.model_dump(mode="json") | {"method": method, "precision": precision} | changes
+    offer = Offer.model_validate_json(json.dumps(about), strict=True)
+    return offer, Plan.model_validate({"method": method, "precision": precision})
+
+
+@pytest.mark.parametrize("case", HONEST)
+def test_what_the_largest_bases_and_every_method_send_is_accepted(case):
+    check_shape(*offered(*HONEST[case]), MEMORY)
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "reason"),
+    [
+        ("lora", {"dense": {"head": (3,)}}, "cannot be kept"),
+        ("lora", {"dense": {f"{Q}.lora_A.weight": (2, 5)}}, "names|kept"),
+        ("lora", {"dense": {"x.lora_B": (3,)}}, "names|kept"),
+        ("full", {"dense": {f"{Q}.lora_A": (2, 5)}}, "names|kept"),
+        ("full", {"dense": {"__metadata__": (2, 5)}}, "name of a tensor"),
+        ("ia3", {"modules": {}, "dense": {"score.weight": (2, 5)}}, "cannot be kept"),
+        ("ia3", {"modules": {Q: (4, 5)}, "dense": {"layers.0.ia3_l": (1, 5)}}, "kept modules: found 0 unknown and 1 missing"),
+        ("prompt-tuning", {"modules": {}, "dense": {"score.weight": (2, 5)}}, "cannot be kept"),
+        ("prompt-tuning", {"modules": {}, "dense": {"prompt_embeddings": (5,)}}, "cannot be kept"),
+        ("lora", {"modules": {"a b": (4, 5)}}, "name of a tensor"),
+        ("lora", {"modules": {".*": (4, 5)}}, "name of a tensor"),
+        ("lora", {"modules": {"(": (4, 5)}}, "name of a tensor"),
+        ("lora", {"modules": {"a..b": (4, 5)}}, "name of a tensor"),
+        ("lora", {"modules": {"a\nb": (4, 5)}}, "name of a tensor"),
+        ("lora", {"modules": {"a\0b": (4, 5)}}, "name of a tensor"),
+        ("lora", {"embeddings": ("wte",)}, "embeddings: found 'wte'"),
+        ("lora", {"modules": {f"layers.{at}": (2**24, 2**24) for at in range(99)}, "r": 1024}, "size: found an adapter of"),
+        ("lora", {"dense": {"score.weight": (2**24, 2**24)}}, "size: found an adapter of"),
+    ],
+    ids=str,
+)
+def test_an_offer_that_cannot_be_carried_out_or_kept_sets_nothing(method, changes, reason):
+    with pytest.raises(MessageError, match=reason) as caught:
+        check_shape(*offered(method, changes), MEMORY)
+    assert str(caught.value).isprintable()
+
+
+def test_an_adapter_of_which_this_machine_cannot_hold_four_is_refused():
+    """By hand: rank 2 of (4, 5) and (3, 5), and 12 + 3 numbers, make 49 of 4 bytes."""
+    check_shape(OFFER, Plan(), 4 * 4 * 49)
+    with pytest.raises(MessageError, match=r"size: found an adapter of .* at rank 2"):
+        check_shape(OFFER, Plan(), 4 * 4 * 49 - 1)
+    assert memory_bytes() > 2**20
+
+
+@pytest.mark.parametrize("wire", ["fp32", "fp16", "int8", "nf4", "int4", "top-k"])
+def test_no_honest_update_takes_more_bytes_than_may_be_inflated(wire):
+    rng = np.random.default_rng(0)
+    rows = {name: np.ones(shape[0], bool) for name, shape in OFFER.dense.items()}
+    honest = Update(encode(drawn(rng), "fp32"), manifest(), rows)
+    assert payload_bytes(update_records(honest, wire, {})) <= most_bytes(OFFER, CALL)
+
+
+def test_what_may_be_inflated_is_little_more_than_the_numbers():
+    """4 bytes each, a byte for a row, and 4 KB beside each tensor."""
+    offer, _ = offered(*HONEST["embeddings and head"])
+    call = CALL.model_copy(update={"r": 16})
+    numbers = 16 * sum(map(sum, offer.modules.values())) + 2 * 262144 * 8192
+    assert 4 * numbers < most_bytes(offer, call) < 1.01 * 4 * numbers

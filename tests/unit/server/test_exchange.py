@@ -6,7 +6,7 @@ import pytest
 from flwr.app import ConfigRecord, Error, Message, MessageType, RecordDict
 
 from protocol.errors import MessageError
-from server.exchange import collect
+from server.exchange import Exchange, collect
 from simulations.grid import InProcessGrid
 
 
@@ -115,3 +115,52 @@ def test_a_message_that_cannot_be_sent_is_a_silent_node():
 @pytest.mark.parametrize("count", [0, 1])
 def test_with_nobody_to_ask_nothing_is_waited_for(count):
     assert len(collect(Network(1), dict(list(messages(1).items())[:count]), text, seconds=600).results) == count
+
+
+def test_a_reply_that_its_grid_cannot_read_is_refused_and_the_others_are_read():
+    """Flower makes objects of what a node wrote; whatever that raises, the SuperLink has forgotten the reply by then."""
+
+    class Broken(Network):
+        def pull_messages(self, message_ids):
+            if any(self._waiting[at].metadata.dst_node_id == 2 for at in message_ids if at in self._waiting):
+                raise KeyError("CustomDataClass")
+            return super().pull_messages(message_ids)
+
+    heard = collect(Broken(3), messages(3), text, seconds=5)
+    assert heard.results == {1: "node 1", 3: "node 3"}
+    assert heard.refused == {2: "the reply: found what is no message (KeyError)"}
+
+
+def test_a_superlink_that_cannot_be_reached_is_no_fault_of_a_nodes():
+    class Gone(Network):
+        def pull_messages(self, message_ids):
+            raise ConnectionResetError
+
+    with pytest.raises(ConnectionResetError):
+        collect(Gone(2), messages(2), text, seconds=5)
+
+
+def test_an_error_of_the_superlinks_own_ends_the_wait_for_its_node():
+    class Left(Network):
+        def answer(self, message):
+            error = Message(Error(code=1, reason="node unavailable"), reply_to=message)
+            error.metadata.__dict__["_src_node_id"] = 0
+            return error
+
+    begun = time.monotonic()
+    heard = collect(Left(2), messages(2), text, seconds=600)
+    assert heard.silent == dict.fromkeys((1, 2), "the node answered with an error: node unavailable")
+    assert time.monotonic() - begun < 60
+
+
+def test_replies_may_be_looked_for_without_a_wait_and_those_that_come_later_are_read_later():
+    grid = Network(3, silent=[2, 3])
+    exchange = Exchange(grid, text)
+    exchange.ask({node: message for node, message in messages(3).items() if node < 3}, seconds=600)
+    assert exchange.hear(wait=False).results == {1: "node 1"}
+    exchange.ask({3: messages(3)[3]}, seconds=0.0)
+    grid.silent.clear()
+    heard = exchange.hear()
+    assert heard.results == {2: "node 2"}
+    assert heard.silent == {3: "no reply within 0 s"}
+    assert exchange.waiting() == []

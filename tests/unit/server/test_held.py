@@ -1,9 +1,12 @@
 """Updates that wait for the end of their round: given back as they came, from memory or from files."""
 
+import resource
+
 import numpy as np
 import pytest
 
 from protocol.adapter import Adapter, Factors
+from protocol.errors import FederationError
 from protocol.manifest import Manifest
 from protocol.update import Update
 from server.held import Held
@@ -47,3 +50,17 @@ def test_no_file_is_left_even_when_the_round_fails(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError):
         fail_while_holding(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_ends_the_run_with_what_to_do_and_is_no_fault_of_the_nodes():
+    """safetensors has an error of its own for it. A limit on the size of files is met as a full disk is."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Held(0) as held:
+        held.put(1, update(1))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+        try:
+            with pytest.raises(FederationError, match=r"free some room .* TMPDIR"):
+                held.put(2, update(2))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert list(held) == [1]

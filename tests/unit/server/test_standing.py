@@ -68,7 +68,21 @@ def test_in_a_real_first_round_a_change_thirty_times_the_largest_is_an_outlier(n
 def test_of_fewer_than_three_changes_none_is_an_outlier(known):
     norms = [1.0] * known
     assert standing().outliers(numbered([*norms, 1e4][:2])) == {}
-    assert standing().outliers(numbered([*norms[:1], 1e4, 0.0, 0.0])) == {}
+    assert standing().outliers(numbered([*norms[:1], 900.0, 0.0, 0.0])) == {}
+
+
+@pytest.mark.parametrize("liars", [1, 2, 3, 4])
+def test_where_half_of_the_nodes_changed_nothing_a_change_beyond_all_training_is_refused(liars):
+    """Their median is no measure then: with the zeros left out, liars are most of them."""
+    found = standing().outliers(numbered([0.0] * 8 + [4.9e4] * liars))
+    assert sorted(found) == list(range(9, 9 + liars))
+    assert all("expected at most 1000 where" in reason for reason in found.values())
+
+
+def test_honest_changes_beside_as_many_zeros_are_no_outliers():
+    """Half of the nodes made one step at rate zero; the others' norms are those that were measured."""
+    for norms in REAL_ROUNDS:
+        assert standing().outliers(numbered([*norms, *[0.0] * len(norms)])) == {}
 
 
 def test_three_are_enough():
@@ -152,6 +166,26 @@ def test_rounds_long_past_are_forgotten():
 def test_adapters_of_one_federation_are_each_held_against_their_own_median():
     """Norms of 1 for one task and of 1000 for another are no spread of either."""
     assert list(after([CLOSE, [1000 * norm for norm in CLOSE]]).outliers(DOUBTFUL)) == [3]
+
+
+# ---- directions that cancel -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [REAL_ROUNDS[0], REAL_ROUNDS[3], REAL_ROUNDS[5], REAL_ROUNDS[9]], ids=str)
+def test_directions_thirty_times_the_largest_are_refused_and_those_of_a_first_round_are_not(sizes):
+    """In a first round nothing cancels, so that directions are as large as the norms that were measured."""
+    known = standing()
+    assert known.cancelling(numbered(sizes)) == {}
+    found = known.cancelling(numbered([*sizes, 30 * max(sizes)]))
+    assert list(found) == [len(sizes) + 1]
+    assert found[len(sizes) + 1].startswith("size of the directions apart: found")
+
+
+def test_what_directions_are_like_teaches_nothing_about_norms():
+    known = standing()
+    known.cancelling(numbered(WIDE))
+    known.note(1, [], [])
+    assert known.state() == standing().state()
 
 
 # ---- nodes that fail again and again ----------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.plan import QUANTISED, Plan
-from strategies.selector import TIERS, select
+from strategies.narrowing import TIERS, narrow
 
 PRECISIONS = ["fp32", "bf16", "fp16", "int8", "nf4"]
 WISHES = st.builds(
@@ -31,14 +31,14 @@ def leaves(value, path=""):
 
 @given(wish=WISHES, tier=TIER_NAMES, limit=LIMITS)
 def test_the_rank_is_the_least_of_wish_tier_and_own_limit(wish, tier, limit):
-    chosen = select(wish, tier, limit).chosen
+    chosen = narrow(wish, tier, limit).chosen
     assert chosen.lora.r == min(wish.lora.r, TIERS[tier].max_rank, limit or 10**9)
     assert chosen.lora == wish.lora.with_rank(chosen.lora.r)
 
 
 @given(wish=WISHES, tier=TIER_NAMES, limit=LIMITS)
 def test_every_field_that_changed_has_a_reason_and_no_other(wish, tier, limit):
-    selection = select(wish, tier, limit)
+    selection = narrow(wish, tier, limit)
     before, after = leaves(wish.model_dump()), leaves(selection.chosen.model_dump())
     changed = {key for key in before if before[key] != after[key]} - {"lora.lora_alpha"}  # it follows the rank
     assert changed == set(selection.reasons)
@@ -49,14 +49,14 @@ def test_every_field_that_changed_has_a_reason_and_no_other(wish, tier, limit):
 
 @given(wish=WISHES, tier=TIER_NAMES, limit=LIMITS)
 def test_what_is_chosen_is_a_valid_plan(wish, tier, limit):
-    chosen = select(wish, tier, limit).chosen
+    chosen = narrow(wish, tier, limit).chosen
     assert Plan.model_validate(chosen.model_dump()) == chosen
 
 
 @given(wish=WISHES, tier=TIER_NAMES, limit=LIMITS)
 def test_choosing_again_changes_nothing(wish, tier, limit):
-    once = select(wish, tier, limit).chosen
-    again = select(once, tier, limit)
+    once = narrow(wish, tier, limit).chosen
+    again = narrow(once, tier, limit)
     assert again.chosen == once
     assert not again.reasons
 
@@ -64,7 +64,7 @@ def test_choosing_again_changes_nothing(wish, tier, limit):
 @given(wish=WISHES, tier=TIER_NAMES)
 def test_a_tier_that_names_a_precision_holds_the_base_at_no_more_bits(wish, tier):
     bits = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "nf4": 4}
-    chosen, limit = select(wish, tier).chosen, TIERS[tier].precision
+    chosen, limit = narrow(wish, tier).chosen, TIERS[tier].precision
     assert bits[chosen.precision] <= bits[limit or wish.precision]
     if limit is None:
         assert chosen.precision == wish.precision
@@ -72,5 +72,5 @@ def test_a_tier_that_names_a_precision_holds_the_base_at_no_more_bits(wish, tier
 
 def test_the_reason_names_whose_limit_it_was():
     wish = Plan.model_validate({"lora": {"r": 32}})
-    assert "medium" in select(wish, "medium").reasons["lora.r"]
-    assert "max_rank" in select(wish, "medium", 4).reasons["lora.r"]
+    assert "medium" in narrow(wish, "medium").reasons["lora.r"]
+    assert "max_rank" in narrow(wish, "medium", 4).reasons["lora.r"]

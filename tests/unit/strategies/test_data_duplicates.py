@@ -1,0 +1,129 @@
+"""Repeated rows: planted ones are found, others are not, and what is called similar is what sets of sequences say."""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from strategies.data.duplicates import THRESHOLD, exact_duplicates, near_duplicates, normalised, similarity
+from strategies.data.files import read
+
+_RNG = random.Random(7)
+WORDS = ["".join(_RNG.choice("abcdefghijklmnoprstuvw") for _ in range(_RNG.randrange(2, 9))) for _ in range(3000)]
+LETTERS = "天地玄黄宇宙洪荒日月盈昃辰宿列张寒来暑往秋收冬藏闰余成岁律吕调阳云腾致雨露结为霜金生丽水玉出昆冈剑号巨阙珠称夜光"
+
+
+def english(rng, words):
+    return " ".join(rng.choice(WORDS) for _ in range(words)).capitalize() + "."
+
+
+def chinese(rng, letters):
+    return "".join(rng.choice(LETTERS) for _ in range(letters)) + "。"
+
+
+def edited(text, rng, share=0.05, *, spaced=True):
+    """One unit in twenty, at least one, is dropped, doubled, exchanged, replaced or misspelt; then case and marks change."""
+    units = text.split() if spaced else list(text)
+    for _ in range(max(1, round(share * len(units)))):
+        at = rng.randrange(len(units))
+        change = rng.randrange(5)
+        if change == 0 and len(units) > 1:
+            units.pop(at)
+        elif change == 1:
+            units.insert(at, units[at])
+        elif change == 2 and at + 1 < len(units):
+            units[at : at + 2] = units[at + 1], units[at]
+        elif change == 3:
+            units[at] = "thing" if spaced else "的"
+        else:
+            units[at] = units[at][:-1] + ("q" if spaced else "了")
+    text = (" " if spaced else "").join(units)
+    return rng.choice([text, text.upper(), f"  {text} !!", text.replace(".", " ...")])
+
+
+@pytest.mark.parametrize(("make", "units"), [(english, 15), (english, 150), (chinese, 40)])
+def test_planted_near_duplicates_are_found_and_others_are_not(make, units):
+    """The goal: 95 % of what was planted, 1 % of what was not (random texts, of which no two are alike)."""
+    rng = random.Random(0)
+    rows = [make(rng, units) for _ in range(600)]
+    planted = [edited(row, rng, spaced=make is english) for row in rng.sample(rows, 200)]
+    found = near_duplicates([*rows, *planted])
+    assert sum(at >= 600 for at in found) >= 0.95 * 200
+    assert sum(at < 600 for at in found) <= 0.01 * 600
+
+
+@pytest.mark.parametrize(
+    "name", ["instruct/alpaca_en_demo.jsonl", "instruct/gsm8k_train.jsonl", "instruct/alpaca_zh_demo.jsonl", "text/c4_en.jsonl"]
+)
+def test_planted_near_duplicates_of_real_rows_are_found(data, name):
+    """The rows of these files were made unique by those who published them, so hardly any is to be found without planting."""
+    rng = random.Random(1)
+    rows = [
+        " ".join(str(row.get(key, "")) for key in ("instruction", "input", "output", "text")) for _, row in read(data / name)
+    ]
+    rows = [text.strip() for text in rows[:400]]
+    planted = [edited(text, rng, spaced="_zh" not in name) for text in rng.sample(rows, 100)]
+    found = near_duplicates([*rows, *planted])
+    assert sum(at >= len(rows) for at in found) >= 95
+    assert sum(at < len(rows) for at in found) <= 0.01 * len(rows)
+
+
+def by_sets(one, other):
+    """Jaccard similarity of four-letter sequences, written with Python's sets; an ideograph stands for two letters."""
+
+    def pieces(text):
+        text = "".join(letter * (2 if letter in LETTERS else 1) for letter in text)
+        return {text[at : at + 4] for at in range(max(1, len(text) - 3))}
+
+    a, b = pieces(one), pieces(other)
+    return len(a & b) / len(a | b)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text("abcde ", max_size=60), st.text("abcde ", max_size=60))
+def test_similarity_is_that_of_the_sets(one, other):
+    assert similarity(one, other) == pytest.approx(by_sets(one, other), abs=1e-12)
+    assert similarity(one, one) == 1
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6))
+def test_no_two_that_stay_are_alike_and_each_that_goes_is_like_one_that_stays(seed):
+    """All pairs are compared, by sets. A pair at the threshold is missed once in 250 times, one 0.1 above it in 60 000."""
+    rng = random.Random(seed)
+    rows = [english(rng, rng.randrange(1, 12)) for _ in range(20)]
+    rows += [edited(rng.choice(rows), rng, 0.1) for _ in range(20)] + [chinese(rng, 9) for _ in range(3)]
+    rng.shuffle(rows)
+    plain, found = [normalised(row) for row in rows], near_duplicates(rows)
+    stay = [at for at in range(len(rows)) if at not in found]
+    for at, earlier in found.items():
+        assert earlier < at
+        assert earlier in stay
+        assert by_sets(plain[at], plain[earlier]) >= THRESHOLD
+    clear = [(a, b) for a in stay for b in stay if a < b and by_sets(plain[a], plain[b]) >= THRESHOLD + 0.1]
+    assert not clear
+
+
+def test_case_marks_and_spaces_do_not_count_and_the_first_stays():
+    rows = ["How do I pay?", "how do I pay", "HOW  DO I PAY!!", "Where is my card?", "Ｈｏｗ do I pay", ""]
+    assert near_duplicates(rows) == {1: 0, 2: 0, 4: 0}
+    assert near_duplicates(["", " ", "!"]) == {1: 0, 2: 0}
+    assert near_duplicates([]) == {}
+
+
+def test_exact_duplicates_are_the_same_letter_for_letter():
+    assert exact_duplicates(["a b", "A b", " a b\n", "c", "c", "a b"]) == {2: 0, 4: 3, 5: 0}
+
+
+def test_a_lower_threshold_finds_more():
+    rng = random.Random(3)
+    rows = [english(rng, 12) for _ in range(60)]
+    rows += [edited(row, rng, 0.2) for row in rows]
+    counts = [len(near_duplicates(rows, threshold)) for threshold in (0.3, 0.5, 0.7, 0.9)]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] > counts[-1]
+
+
+def test_half_of_a_surrogate_pair_is_a_character_like_others():
+    assert near_duplicates(["ab \ud800 cd", "ab \ud800 cd"]) == {1: 0}
