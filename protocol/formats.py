@@ -121,7 +121,8 @@ def _with_room(pair: Factors) -> Factors:
 def _lora_config(adapter: Adapter, task_type: str) -> dict[str, Any]:
     ranks = adapter.ranks()
     r = max(ranks.values(), default=1)
-    others = {module: rank for module, rank in ranks.items() if rank != r}
+    # A plain name would be read as that of every module whose path ends so, and its dots as any character.
+    others = {f"^{re.escape(module)}": rank for module, rank in ranks.items() if rank != r}
     magnitudes = [name for name in adapter.dense if name.endswith(_MAGNITUDE)]
     return {
         "peft_type": "LORA",

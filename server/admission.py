@@ -114,13 +114,30 @@ def check_offer(offer: Offer, reference: Offer, method: Method) -> None:
         raise MessageError(f"tensors: {_difference(offer.dense, reference.dense)}")
 
 
-def check_shape(offer: Offer, plan: Plan, memory: int) -> None:
-    """Holds an offer that others will be held against to what this machine can carry out and keep.
+def check_size(offer: Offer, memory: int) -> None:
+    """Holds an offer to what this machine can merge.
+
+    Args:
+        offer: Of any node.
+        memory: Bytes of this machine's.
+
+    Raises:
+        MessageError: An adapter of that shape and rank is too large.
+    """
+    found, most = 4 * _numbers(offer, offer.r), memory // _COPIES
+    if found > most:
+        raise MessageError(
+            f"size: found an adapter of {found / 1e9:.3g} GB at rank {offer.r}, expected at most {most / 1e9:.3g} GB, of which "
+            f"this coordinator's memory holds {_COPIES}"
+        )
+
+
+def check_shape(offer: Offer, plan: Plan) -> None:
+    """Holds an offer that others will be held against to what can be written and read again.
 
     Args:
         offer: Of the first node of an adapter. Dimensions and names are within bounds already (``protocol.records``).
         plan: The adapter's; its method says how an adapter is written.
-        memory: Bytes of this machine's.
 
     Raises:
         MessageError: What does not fit.
@@ -132,12 +149,6 @@ def check_shape(offer: Offer, plan: Plan, memory: int) -> None:
             )
     if strange := set(offer.embeddings) - offer.modules.keys():
         raise MessageError(f"embeddings: found {min(strange)!r}, expected modules of the offer")
-    found, most = 4 * _numbers(offer, offer.r), memory // _COPIES
-    if found > most:
-        raise MessageError(
-            f"size: found an adapter of {found / 1e9:.3g} GB at rank {offer.r}, expected at most {most / 1e9:.3g} GB, of which "
-            f"this coordinator's memory holds {_COPIES}"
-        )
     _check_written(offer, plan)
 
 

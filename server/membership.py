@@ -10,7 +10,7 @@ from flwr.serverapp import Grid
 from protocol.errors import FederationError, MessageError, shown
 from protocol.federation import Federation
 from protocol.records import Call, Offer, call_records, read_offer
-from server.admission import check_offer, check_shape, memory_bytes
+from server.admission import check_offer, check_shape, check_size, memory_bytes
 from server.exchange import Exchange
 from server.track import Member, Track
 
@@ -131,8 +131,9 @@ class Membership:
             track = self._track_of(name, offer)
             reference = track.reference or offer.model_copy(update={"base_digest": base_digest})
             check_offer(offer, reference, track.plan(1).method)
+            check_size(offer, memory_bytes())
             if track.reference is None:
-                check_shape(offer, track.plan(1), memory_bytes())
+                check_shape(offer, track.plan(1))
         except MessageError as error:
             self._leave_out(node, name, str(error))
             return

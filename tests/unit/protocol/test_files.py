@@ -58,9 +58,19 @@ def test_a_scaling_is_kept_inside_the_product(tmp_path):
     np.testing.assert_allclose(found.factors[Q].product(), adapter.factors[Q].product(), rtol=1e-5, atol=1e-6)
 
 
-def test_mixed_ranks_come_back_as_they_were(tmp_path):
+@pytest.mark.parametrize(
+    "ranks",
+    [
+        {"a.q": 1, "a.k": 8, "b.q": 8, "b.k": 3},
+        {"q": 2, "a.q": 4, "b.a.q": 3, "k": 4},
+        {"a.q": 2, "axq": 4, "a.q.q": 4},
+        {"a(q": 2, "[q": 3, ".*": 1, "k": 4},
+    ],
+    ids=["plain", "names that end alike", "names that a dot matches", "no regular expressions"],
+)
+def test_mixed_ranks_come_back_as_they_were(tmp_path, ranks):
+    """Patterns are regular expressions for the end of a module's path, and a module's own name must match it alone."""
     rng = np.random.default_rng(3)
-    ranks = {"a.q": 1, "a.k": 8, "b.q": 8, "b.k": 3}
     adapter = Adapter(
         {m: Factors(np.float32(rng.normal(size=(r, 6))), np.float32(rng.normal(size=(5, r)))) for m, r in ranks.items()}
     )

@@ -15,7 +15,17 @@ from protocol.manifest import Manifest
 from protocol.plan import Plan
 from protocol.records import Call, Offer, payload_bytes, read_update, update_records
 from protocol.update import Update
-from server.admission import LARGEST, MOST_EXAMPLES, check, check_offer, check_shape, memory_bytes, most_bytes, most_examples
+from server.admission import (
+    LARGEST,
+    MOST_EXAMPLES,
+    check,
+    check_offer,
+    check_shape,
+    check_size,
+    memory_bytes,
+    most_bytes,
+    most_examples,
+)
 from server.aggregation.product_delta import ProductDelta
 
 BASE, START = "ab" * 32, "cd" * 32
@@ -497,7 +507,9 @@ def offered(method, changes):
 
 @pytest.mark.parametrize("case", HONEST)
 def test_what_the_largest_bases_and_every_method_send_is_accepted(case):
-    check_shape(*offered(*HONEST[case]), MEMORY)
+    offer, plan = offered(*HONEST[case])
+    check_size(offer, MEMORY)
+    check_shape(offer, plan)
 
 
 @pytest.mark.parametrize(
@@ -519,22 +531,21 @@ def test_what_the_largest_bases_and_every_method_send_is_accepted(case):
         ("lora", {"modules": {"a\nb": (4, 5)}}, "name of a tensor"),
         ("lora", {"modules": {"a\0b": (4, 5)}}, "name of a tensor"),
         ("lora", {"embeddings": ("wte",)}, "embeddings: found 'wte'"),
-        ("lora", {"modules": {f"layers.{at}": (2**24, 2**24) for at in range(99)}, "r": 1024}, "size: found an adapter of"),
-        ("lora", {"dense": {"score.weight": (2**24, 2**24)}}, "size: found an adapter of"),
     ],
     ids=str,
 )
 def test_an_offer_that_cannot_be_carried_out_or_kept_sets_nothing(method, changes, reason):
+    offer, plan = offered(method, changes)
     with pytest.raises(MessageError, match=reason) as caught:
-        check_shape(*offered(method, changes), MEMORY)
+        check_shape(offer, plan)
     assert str(caught.value).isprintable()
 
 
 def test_an_adapter_of_which_this_machine_cannot_hold_four_is_refused():
     """By hand: rank 2 of (4, 5) and (3, 5), and 12 + 3 numbers, make 49 of 4 bytes."""
-    check_shape(OFFER, Plan(), 4 * 4 * 49)
+    check_size(OFFER, 4 * 4 * 49)
     with pytest.raises(MessageError, match=r"size: found an adapter of .* at rank 2"):
-        check_shape(OFFER, Plan(), 4 * 4 * 49 - 1)
+        check_size(OFFER, 4 * 4 * 49 - 1)
     assert memory_bytes() > 2**20
 
 
