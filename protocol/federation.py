@@ -155,6 +155,11 @@ class Federation(Strict):
         for number, plan in enumerate(others, 2):
             if (plan.base_model, plan.lora.target_modules) != (first.base_model, first.lora.target_modules):
                 yield f"stages: number {number} has another base_model or other target_modules than the first"
+            if plan.lora.r > first.lora.r:
+                yield (
+                    f"stages: number {number} has rank {plan.lora.r}, more than the first's {first.lora.r}, and nodes offer "
+                    "their rank once; give the first stage the largest rank"
+                )
             heads = [(each.objective, each.data.labels) if each.task_type == "SEQ_CLS" else None for each in (first, plan)]
             if heads[0] != heads[1]:
                 yield (

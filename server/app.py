@@ -32,6 +32,9 @@ def main(grid: Grid, context: Context) -> None:
 def _tell(record: RoundRecord) -> None:
     of = f" of {record.adapter}" if record.adapter else ""
     log.info("round %d%s: merged %d update(s) in %.1f s", record.round, of, len(record.accepted), record.seconds)
+    for what, said in record.merge.get("details", {}).items():
+        if said not in ("", 0):
+            log.info("round %d%s: %s: %s", record.round, of, what, said)
     for node, reason in {**record.refused, **record.silent, **record.paused}.items():
         log.warning("round %d: without %s: %s", record.round, node, reason)
     for node, reason in record.evaluation_refused.items():

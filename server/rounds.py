@@ -6,8 +6,11 @@ back as an ``Update``, which is read, held against what was asked (``server.admi
 at round 1 and merges absolute arrays; this loop goes on where a coordinator died, and works on any ``Grid``.
 """
 
+import hashlib
 import logging
-from collections.abc import Callable, Iterable, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median_high, median_low
@@ -86,7 +89,27 @@ def run(grid: Grid, federation: Federation, watch: Watch = lambda record: None) 
         FederationError: Too few nodes joined, too few sent a usable update, or a round cannot be kept.
         AdapterError: The adapter that the federation is to start from is damaged, or not for its base and plan.
     """
-    return _Coordinator(grid, federation, watch).run()
+    with _alone_in(federation.output):
+        return _Coordinator(grid, federation, watch).run()
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Two coordinators that write one folder would each undo the other's rounds. The lock goes with the process that has it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has none of it
+        yield
+        return
+    name = hashlib.sha256(str(folder.absolute()).encode(errors="surrogatepass")).hexdigest()[:16]
+    with Path(tempfile.gettempdir(), f"fedge-{name}.lock").open("w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise FederationError(
+                f"{folder}: another coordinator is running in it; wait for it, or name another folder"
+            ) from None
+        yield
 
 
 class _Coordinator:

@@ -112,6 +112,8 @@ def _tell(record: "RoundRecord") -> None:
     losses = [f"{name} {metrics['train-loss']:.3f}" for name, metrics in record.accepted.items() if "train-loss" in metrics]
     of = f" of {record.adapter}" if record.adapter else ""
     _say(f"round {record.round}{of}: {record.seconds:.1f} s, training loss {', '.join(losses)}")
+    if aside := record.merge.get("details", {}).get("set aside"):
+        _say(f"round {record.round}{of}: set aside {aside}")
     for name, reason in {**record.refused, **record.silent, **record.paused, **record.evaluation_refused}.items():
         _say(f"round {record.round}{of}: without {name}: {reason}")
 

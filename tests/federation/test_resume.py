@@ -282,3 +282,15 @@ def test_what_is_refused_does_not_use_up_the_budget_of_traffic(tmp_path):
     assert outcome.ended == "every round is done"
     assert any(record.refused for record in outcome.rounds)
     assert sum(record.bytes_received for record in outcome.rounds) < 900_000
+
+
+def test_a_folder_has_one_coordinator_at_a_time(tmp_path):
+    seen = []
+
+    def again(record):
+        with pytest.raises(FederationError, match="another coordinator is running in it"):
+            run(InProcessGrid(make_app(), [{}] * 5), federation(tmp_path / "run", 0))
+        seen.append(record.round)
+
+    run(InProcessGrid(make_app(), [{}] * 5), federation(tmp_path / "run", 0), again)
+    assert seen == [1, 2, 3, 4, 5, 6]

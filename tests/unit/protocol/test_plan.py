@@ -241,3 +241,10 @@ def test_stages_go_on_from_each_other_only_with_adapters_of_one_kind():
 def test_a_section_that_nobody_would_read_is_refused(content, said):
     (line,) = problems(content, Plan)
     assert said in line
+
+
+def test_a_later_stage_of_more_rank_is_refused_for_nodes_offer_once():
+    stages = [{"name": "a", "rounds": 1, "plan": {"lora": {"r": r}}} for r in (8, 16)]
+    (line,) = problems({"stages": stages}, Federation)
+    assert "give the first stage the largest rank" in line
+    assert parse({"stages": stages[::-1]}, Federation, source="x")
