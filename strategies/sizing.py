@@ -179,8 +179,8 @@ def steps_down(plan: Plan, machine: Machine, usable: Callable[[int], bool] = lam
 
 
 def fewest_rows(plan: Plan) -> int:
-    """Of a batch: KTO reads each prompt with another row's answer too."""
-    return 2 if plan.objective == "kto" else 1
+    """Of a batch: KTO reads each prompt with another row's answer too, RL compares a group of answers."""
+    return {"kto": 2, "rl": plan.rl.num_generations}.get(plan.objective, 1)
 
 
 def changed(plan: Plan, values: Mapping[str, Any]) -> Plan:

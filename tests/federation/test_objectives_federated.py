@@ -76,7 +76,7 @@ def means(outcome, metric):
     [
         ("dpo", "loss", math.log(2), 0.3),
         pytest.param("kto", "loss", 0.5, 0.4, marks=pytest.mark.slow),
-        ("reward", "loss", math.log(2), 0.4),
+        pytest.param("reward", "loss", math.log(2), 0.4, marks=pytest.mark.slow),
         pytest.param("regression", "mse", 1.5, 0.6, marks=pytest.mark.slow),
     ],
 )
@@ -154,7 +154,7 @@ def losses_of_the_second_stage(outcome):
     ("rounds", "count", "tolerance"),
     [
         ({}, 2, 1e-5),
-        ({"cohort": 1}, 3, 1e-5),
+        pytest.param({"cohort": 1}, 3, 1e-5, marks=pytest.mark.slow),
         pytest.param({"wire_down": "fp16"}, 2, 1e-3, marks=pytest.mark.slow),
         pytest.param({"wire_down": "int8", "wire": "int8"}, 2, 0.02, marks=pytest.mark.slow),
     ],

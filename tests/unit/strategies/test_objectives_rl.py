@@ -73,7 +73,14 @@ def saved(folder, plan, adapter):
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "rloo"])
-@pytest.mark.parametrize("more", [{}, {"beta": 0.0}, {"num_iterations": 2, "temperature": 0.7}])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"num_iterations": 2, "temperature": 0.7},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"beta": 0.0}, marks=pytest.mark.slow),
+    ],
+)
 def test_both_algorithms_take_steps_on_answers_of_their_own(algorithm, more):
     made = fit(plan_of("vowels", algorithm=algorithm, **more), find("tiny"), ROWS)
     assert made.metrics["train-steps"] == 2
