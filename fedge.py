@@ -15,7 +15,6 @@ from strategies.libraries import calm
 
 app = typer.Typer(
     name="fedge",
-    help="Federated and on-device fine-tuning of language models.",
     epilog="--debug anywhere shows the traceback of an error.",
     no_args_is_help=True,
     invoke_without_command=True,

@@ -1,9 +1,9 @@
 """A node that runs out of memory goes on with less, and remembers how far it had to climb down."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from dataclasses import replace as replaced
+from functools import cached_property
 
 import numpy as np
 
@@ -21,25 +21,23 @@ class Ladder:
     """The rungs below a node's plan, and the one that it stands on.
 
     Attributes:
-        name: Under which memory keeps the rung.
+        call: Names the adapter under which memory keeps the rung.
         plan: As it was chosen from estimates.
-        rungs: ``(what changes, plan)``, downwards.
+        node: Whose machine says in how many bits a base can be held.
         memory: Keeps the rung from round to round.
+        usable: Whether rows of so many tokens leave enough to learn.
     """
 
-    name: str
+    call: Call
     plan: Plan
-    rungs: tuple[tuple[str, Plan], ...]
+    node: Node
     memory: Memory
+    usable: Callable[[int], bool] = lambda tokens: True
 
-    @classmethod
-    def of(
-        cls, call: Call, plan: Plan, node: Node, memory: Memory, usable: Callable[[int], bool] = lambda tokens: True
-    ) -> "Ladder":
-        """Below the plan that was chosen for a call; ``usable`` says whether rows of so many tokens leave enough to learn."""
-        machine = Machine.of(node.hardware())
-        one = replaced(machine, gpus=min(1, machine.gpus))  # one process trains on one GPU
-        return cls(f"ladder/{call.adapter}", plan, tuple(steps_down(plan, one, usable)), memory)
+    @cached_property
+    def rungs(self) -> tuple[tuple[str, Plan], ...]:
+        """``(what changes, plan)``, downwards. Made when memory has run out: it asks the drivers and reads rows."""
+        return tuple(steps_down(self.plan, Machine.of(self.node.hardware()).one, self.usable))
 
     def train(self, attempt: Callable[[Plan], T]) -> tuple[T, Plan]:
         """Trains from the rung that was reached before; climbs down where memory runs out.
@@ -50,15 +48,19 @@ class Ladder:
         Raises:
             HardwareError: The last rung ran out of memory too.
         """
-        known = self.memory.read(self.name)
+        name = f"ladder/{self.call.adapter}"
+        known = self.memory.read(name)
         same = "rung" in known and bytes(known["plan"]) == self._digest()
         reached = min(int(known["rung"][0]), len(self.rungs)) if same else 0
         plan = self.rungs[reached - 1][1] if reached else self.plan
-        made, plan, changed = on_ladder(plan, self.rungs[reached:], attempt)
+        made, plan, changed = on_ladder(plan, self._below(reached), attempt)
         if changed:
             rung = np.array([reached + len(changed)], np.int64)
-            self.memory.keep(self.name, {"rung": rung, "plan": np.frombuffer(self._digest(), np.uint8)})
+            self.memory.keep(name, {"rung": rung, "plan": np.frombuffer(self._digest(), np.uint8)})
         return made, plan
+
+    def _below(self, reached: int) -> Iterator[tuple[str, Plan]]:
+        yield from self.rungs[reached:]
 
     def _digest(self) -> bytes:
         """Of the plan: another one begins at the top."""

@@ -171,7 +171,7 @@ def train(received: Received, node: Node, memory: Memory) -> Work:
             stretch=_stretch(plan, call),
         )
 
-    trained, plan = Ladder.of(call, plan, node, memory, _usable(rows, base, plan)).train(attempt)
+    trained, plan = Ladder(call, plan, node, memory, _usable(rows, base, plan)).train(attempt)
     personal.remember(memory, call.round, parts, trained.adapter)
     shared = personal.shared(trained.adapter if call.fresh else _with_what_stayed(trained.adapter, start, call.r))
     manifest = Manifest(
@@ -193,16 +193,16 @@ def train(received: Received, node: Node, memory: Memory) -> Work:
 def _tried(call: Call, plan: Plan, base: Base, node: Node, memory: Memory) -> Plan:
     """The plan with which one real step, on the longest rows that a batch can be made of, did not run out of memory."""
     rows, tokenizer = training_rows(plan, node), load_tokenizer(base)
+    longest = sorted(rows, key=lambda row: len(repr(row)), reverse=True)
 
     def attempt(plan: Plan) -> Trained:
         one = plan.training.model_copy(
             update={"max_steps": 1, "gradient_accumulation_steps": 1, "eval_steps": None, "early_stopping_patience": None}
         )
-        longest = sorted(rows, key=lambda row: len(repr(row)), reverse=True)
         usable = (row for row in longest if is_usable(row, tokenizer, plan.data.max_length, plan.objective))
         return fit(plan.model_copy(update={"training": one}), base, list(islice(usable, plan.training.batch_size)))
 
-    return Ladder.of(call, plan, node, memory, _usable(rows, base, plan)).train(attempt)[1]
+    return Ladder(call, plan, node, memory, _usable(rows, base, plan)).train(attempt)[1]
 
 
 def evaluate(received: Received, node: Node, memory: Memory) -> tuple[dict[str, float], int]:
@@ -283,8 +283,12 @@ def _texts(plan: Plan, rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase"
 
 def _usable(rows: Sequence[Row], base: Base, plan: Plan) -> Callable[[int], bool]:
     """Whether half of the rows leave something to learn within so many tokens."""
-    looked, tokenizer = rows[:200], load_tokenizer(base)
-    return lambda tokens: 2 * sum(is_usable(row, tokenizer, tokens, plan.objective) for row in looked) >= len(looked)
+
+    def usable(tokens: int) -> bool:
+        looked, tokenizer = rows[:200], load_tokenizer(base)
+        return 2 * sum(is_usable(row, tokenizer, tokens, plan.objective) for row in looked) >= len(looked)
+
+    return usable
 
 
 def _of_round(plan: Plan, number: int) -> Plan:

@@ -86,6 +86,7 @@ def train(
     import sys
 
     from protocol.configuration import load
+    from protocol.plan import COMPRESSED
     from simulations.single import train_alone
     from strategies.job import Job
 
@@ -93,7 +94,7 @@ def train(
     record = train_alone(job, progress=sys.stderr.isatty() and not as_json)
     metrics, evaluation = next(iter(record.accepted.values())), next(iter(record.evaluation.values()), {})
     made = {"adapter": str(job.output / "adapter")}
-    if job.method in ("full", "freezing"):
+    if job.method in COMPRESSED:
         made["model"] = str(job.output / "model")
     if as_json:
         typer.echo(json.dumps({**made, "training": metrics, "evaluation": evaluation}))

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -176,7 +176,7 @@ def calibrate(plan: Plan, base: Base | None = None, *, steps: int = 4, file: Pat
     base, file = base or find(plan.base_model), file or cache_file()
     hardware = probe()
     device, kind = device_of(hardware)
-    machine = replace(footprint.Machine.of(hardware), gpus=min(1, len(hardware.gpus)))
+    machine = footprint.Machine.of(hardware).one
     architecture = architectures.read(str(base.folder))
     setup = footprint.setup_of(plan, architecture, machine)
     estimated = memory.estimate(architecture, setup).peak_bytes

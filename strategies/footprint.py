@@ -1,10 +1,10 @@
 """From a plan, an architecture and a machine to what memory and cost are estimated from. Pure arithmetic."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from protocol.plan import QUANTISED, Plan
+from protocol.plan import COMPRESSED, LOW_RANK, ON_THE_BASE, QUANTISED, REFERRING, Plan
 from strategies.architecture import Architecture
 from strategies.hardware import Hardware, Kernel, Rates
 from strategies.memory import Objective, Setup, Sharding
@@ -59,12 +59,16 @@ class Machine:
             least.rates,
         )
 
+    @property
+    def one(self) -> "Machine":
+        """What one process trains on: a single GPU, or the CPU."""
+        return replace(self, gpus=min(1, self.gpus))
+
 
 def setup_of(plan: Plan, architecture: Architecture, machine: Machine, sharding: Sharding = "none") -> Setup:
     """What training a plan on a machine amounts to, with what each of several GPUs holds a share of."""
     t, quantised = plan.training, plan.precision in QUANTISED
-    whole = plan.method in ("full", "freezing")
-    low_rank = plan.method in ("lora", "qlora", "adalora")
+    whole, low_rank = plan.method in COMPRESSED, plan.method in LOW_RANK
     rank = plan.update_rank if plan.method == "adalora" else plan.lora.r
     held = ("bf16" if machine.bf16 else "fp32") if quantised else plan.precision
     sent = plan.prompt.num_virtual_tokens if plan.method == "prompt-tuning" else 0
@@ -132,11 +136,11 @@ def targets_of(role: Role, architecture: Architecture) -> Literal["all-linear"] 
 
 def _reference(plan: Plan) -> str:
     """What an objective compares with: the base without its adapter; where the base itself trains, what it said before."""
-    if plan.objective == "rl":
-        return "model" if plan.method in ("full", "freezing", "bitfit") else "adapter-off"
-    if plan.objective not in ("dpo", "kto"):
+    if plan.objective not in REFERRING:
         return "none"
-    return "precomputed" if plan.method in ("full", "freezing", "bitfit") else "adapter-off"
+    if plan.method not in ON_THE_BASE:
+        return "adapter-off"
+    return "model" if plan.objective == "rl" else "precomputed"
 
 
 def biases(a: Architecture, *, everywhere: bool = False) -> int:

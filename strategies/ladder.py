@@ -2,7 +2,8 @@
 
 import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import TypeVar
 
 from protocol.errors import HardwareError
@@ -13,12 +14,12 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-def on_ladder(plan: Plan, rungs: Sequence[tuple[str, Plan]], train: Callable[[Plan], T]) -> tuple[T, Plan, tuple[str, ...]]:
+def on_ladder(plan: Plan, rungs: Iterable[tuple[str, Plan]], train: Callable[[Plan], T]) -> tuple[T, Plan, tuple[str, ...]]:
     """Calls ``train(plan)``, and after each out-of-memory error once more with the next rung's plan.
 
     Args:
         plan: To begin with.
-        rungs: ``(what changes, plan)``, each in need of less memory than the one before.
+        rungs: ``(what changes, plan)``, each in need of less memory than the one before; looked at only when one is needed.
         train: Trains; whatever it holds is given back before the next try.
 
     Returns:
@@ -28,7 +29,7 @@ def on_ladder(plan: Plan, rungs: Sequence[tuple[str, Plan]], train: Callable[[Pl
         HardwareError: The last rung ran out of memory too.
     """
     changed: tuple[str, ...] = ()
-    for change, now in (("", plan), *rungs):
+    for change, now in chain([("", plan)], rungs):
         changed = (*changed, change) if change else changed
         try:
             return train(now), now, changed

@@ -5,7 +5,7 @@ precision, and how a step is computed may differ from node to node.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from protocol.errors import HardwareError
@@ -114,10 +114,8 @@ def fitted(
 
 
 def _problem(plan: Plan, architecture: Architecture, hardware: Hardware, calibration: Calibrated | None) -> Problem:
-    machine = Machine.of(hardware)
     task = Task(kind="generation", input_tokens=plan.data.max_length)
-    # One process trains on one GPU.
-    return Problem(task, replace(machine, gpus=min(1, machine.gpus)), architecture, Limits(), {}, calibration)
+    return Problem(task, Machine.of(hardware).one, architecture, Limits(), {}, calibration)
 
 
 def _held(plan: Plan, precision: Precision) -> Plan:

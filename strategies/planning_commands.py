@@ -288,13 +288,15 @@ def _write(found: "Answer", output: Path) -> list[Path]:
 
     written: list[Path] = []
     chosen = found.selection.chosen
-    start = reward = None
-    for number, stage in enumerate(chosen.stages if chosen else (), 1):
+    if chosen is None:
+        return written
+    start: Path | None = None
+    reward: Path | None = None
+    for number, stage in enumerate(chosen.stages, 1):
         path = output if number == 1 else output.with_name(f"{output.stem}-{number}-{stage.objective}{output.suffix}")
         kept = (path.parent / "runs" / path.stem).resolve()
-        job = job_of(
-            stage, chosen.reasons if chosen else {}, found.request, kept, None if stage.objective == "reward" else start
-        )
+        begins = None if stage.objective == "reward" else start
+        job = job_of(stage, chosen.reasons, found.request, kept, begins)
         if stage.rl.reward_model == REWARD_STAGE and reward:
             job["rl"]["reward_model"] = str(reward)
         write_whole(path, yaml.safe_dump(job, sort_keys=False))

@@ -11,6 +11,7 @@ from protocol.errors import ConfigurationError, FedgeError
 from protocol.plan import Plan, Strict
 from strategies.architecture import Architecture, read
 from strategies.base_model import find
+from strategies.calibration import read_calibration
 from strategies.hardware import Hardware, override, probe
 from strategies.selector import Selection, select
 from strategies.settings import nested, wished
@@ -69,15 +70,15 @@ def answer(request: Request, calibration: Calibrated | None = None) -> Answer:
         ConfigurationError: Every problem of the request, all at once.
     """
     problems: list[str] = []
+    wishes = flat(request.wishes)
     task, measured = _tried(problems, lambda: _task(request)) or (None, ())
     hardware = _tried(problems, lambda: _hardware(request))
     architecture = _tried(problems, lambda: read(request.base_model))
-    _tried(problems, lambda: wished(flat(request.wishes)))
+    _tried(problems, lambda: wished(wishes))
     if problems or task is None or hardware is None or architecture is None:
         raise ConfigurationError("plan", problems)
     described = any(value is not None for value in request.hardware.model_dump().values())
-    known = calibration or (None if described else _kept())
-    wishes = flat(request.wishes)
+    known = calibration or (None if described else read_calibration())
     found = select(task, hardware, architecture, request.limits, wishes, calibration=known)
     return Answer(
         request=request, task=task, hardware=hardware, architecture=architecture, selection=found, measured=tuple(measured)
@@ -105,13 +106,6 @@ def flat(content: Mapping[str, Any], before: str = "") -> dict[str, Any]:
         name = f"{before}{key}"
         found |= flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
     return found
-
-
-def _kept() -> Calibrated | None:
-    """What was measured on this machine before."""
-    from strategies.calibration import read_calibration
-
-    return read_calibration()
 
 
 def problems_of(content: Mapping[str, Any]) -> list[str]:

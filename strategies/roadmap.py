@@ -1,9 +1,8 @@
 """From a first trial to production: phases made from what was selected, each with its needs, its end and its risks."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from protocol.plan import ON_THE_BASE, QUANTISED, Plan
+from protocol.plan import COMPRESSED, ON_THE_BASE, QUANTISED, Plan
 from strategies.request import Answer
 from strategies.selector import Candidate, select
 from strategies.task import Task
@@ -152,7 +151,7 @@ def _device(chosen: Candidate) -> Phase:
 
 
 def _production(answer: Answer, chosen: Candidate) -> Phase:
-    whole = chosen.plan.method in ("full", "freezing")
+    whole = chosen.plan.method in COMPRESSED
     kept = "model" if whole else "adapter"
     return Phase(
         "production",
@@ -207,7 +206,7 @@ def _plan_risks(plan: Plan, peak_bytes: int, answer: Answer) -> list[str]:
             f"{peak_bytes / 1e9:.1f} of {free / 1e9:.1f} GB: little room; on out of memory climb down "
             f"({'; '.join(rung.change for rung in answer.selection.ladder[:3]) or 'nothing is left to climb down to'})"
         )
-    if plan.method in ("full", "freezing"):
+    if plan.method in COMPRESSED:
         told.append(f"whole weights train at {plan.training.learning_rate:g}: what the base knew may be forgotten")
     if plan.precision in QUANTISED:
         told.append(
@@ -235,9 +234,3 @@ def _stage_name(plan: Plan) -> str:
 
 def _hours(seconds: float | None) -> float | None:
     return None if seconds is None else seconds / 3600
-
-
-def total_hours(phases: Sequence[Phase]) -> float | None:
-    """Of all phases that train; None where one is not known."""
-    known = [phase.hours for phase in phases if phase.plan and phase.name != "federated pilot"]
-    return None if any(hours is None for hours in known) else sum(hours for hours in known if hours is not None)

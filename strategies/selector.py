@@ -7,9 +7,8 @@ what the fired rules propose, at each precision and sharding that the machine ha
     value = preference * relaxation * seconds^(-k),    k = 1 fast, 0.15 balanced, 0.02 thorough or critical
 
 ``preference`` is the rules' judgement (1 for fast: there the cheapest wins; where quality is critical, times what the method
-can learn at best), ``relaxation`` what a shorter sequence or a lower
-rank loses, and ``seconds`` the training with as much memory as it likes. So more memory, time or money makes more feasible
-and nothing less, and never makes the choice worse.
+can learn at best), ``relaxation`` what a shorter sequence or a lower rank loses, and ``seconds`` the training with as much
+memory as it likes. So more memory, time or money makes more feasible and nothing less, and never makes the choice worse.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from protocol.errors import ConfigurationError
-from protocol.plan import LOW_RANK, QUANTISED, Method, Objective, Plan, Precision
+from protocol.plan import COMPRESSED, LOW_RANK, ON_THE_BASE, QUANTISED, Method, Objective, Plan, Precision
 from strategies import rules
 from strategies.architecture import Architecture
 from strategies.footprint import Machine, biases
@@ -264,7 +263,7 @@ def _precisions(method: Strategy, problem: Problem) -> list[tuple[Precision, flo
     machine = problem.machine
     half: Precision = "bf16" if machine.bf16 else "fp16"
     native: Precision = half if machine.device == "cuda" else "fp32"
-    if method in ("full", "freezing", "bitfit"):
+    if method in ON_THE_BASE:
         kept = 1.0 if method == "bitfit" else _SMALL_STEPS_LOST
         pure: list[tuple[Precision, float]] = [(half, kept)] if machine.bf16 and machine.device == "cuda" else []
         return [("fp32", 1.0), *pure]
@@ -278,7 +277,7 @@ def _precisions(method: Strategy, problem: Problem) -> list[tuple[Precision, flo
 def _shardings(method: Strategy, precision: Precision, machine: Machine) -> tuple[Sharding, ...]:
     if machine.gpus < 2 or precision in QUANTISED:
         return ("none",)
-    return ("none", "zero2", "zero3", "fsdp") if method in ("full", "freezing") else ("none", "fsdp")
+    return ("none", "zero2", "zero3", "fsdp") if method in COMPRESSED else ("none", "fsdp")
 
 
 def _refused(wanted: _Wanted, problem: Problem, found: Sequence[Rule]) -> Rejected | None:

@@ -4,18 +4,27 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from protocol.configuration import parse
-from protocol.plan import LOW_RANK, ON_THE_BASE, QUANTISED, USED_BY, LoraSettings, Objective, Plan, Precision
+from protocol.plan import (
+    COMPRESSED,
+    LOW_RANK,
+    ON_THE_BASE,
+    QUANTISED,
+    REFERRING,
+    USED_BY,
+    LoraSettings,
+    Objective,
+    Plan,
+    Precision,
+)
 from strategies import rules
 from strategies.footprint import targets_of
 from strategies.rules import Rule, Strategy
-from strategies.sizing import EFFECTIVE_BATCH, Problem
+from strategies.sizing import EFFECTIVE_BATCH, Problem, rounded
 
 # Of a rule's settings, those that are for what it would rather have: a rate for whole weights is none for factors.
 _OF_THE_FIRST = ("training.learning_rate", "training.weight_decay", "dropout")
 # Stands for the adapter of the stage before, until that has a folder.
 REWARD_STAGE = "stage:reward"
-_ON_PREFERENCES: tuple[Objective, ...] = ("dpo", "kto", "rl")
-_WHOLE = ("full", "freezing")
 
 
 def wished(wishes: Mapping[str, Any]) -> None:
@@ -56,7 +65,7 @@ def settled(
 
     put(problem.wishes, "as wished")
     put({"method": method, "precision": precision, "objective": objective}, "")
-    preferences = objective in _ON_PREFERENCES
+    preferences = objective in REFERRING
     for rule in found:
         put(_from(rule, method, problem, preferences=preferences), f"rule {rule}")
     if objective == "rl" and problem.task.feedback == "pairs" and "rl.reward_functions" not in values:
@@ -67,7 +76,7 @@ def settled(
         known = "not measured" if similarity is None else f"{similarity:.2f}"
         share = rules.frozen_share(similarity)
         put({"freezing.frozen_share": share}, f"similarity to the base's own data {known}: freeze {share:.0%}")
-    rate = rules.LEARNING_RATES[method in _WHOLE, preferences]
+    rate = rules.LEARNING_RATES[method in COMPRESSED, preferences]
     if method in rules.OWN_RATES and not preferences:
         rate = rules.OWN_RATES[method]  # type: ignore[index]
     put({"training.learning_rate": rate}, f"default for {method}{' on preferences' if preferences else ''}")
@@ -123,7 +132,7 @@ def _mixed(method: Strategy, precision: Precision, problem: Problem) -> dict[str
 def _length(problem: Problem) -> int:
     longest = problem.task.longest_tokens or problem.task.input_tokens
     context = problem.architecture.context or longest
-    return max(8, min(-(-longest // 8) * 8, context))
+    return max(8, min(rounded(longest), context))
 
 
 def _put_rank(values: dict[str, Any], reasons: dict[str, str], problem: Problem) -> None:

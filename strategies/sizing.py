@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from protocol.plan import LOW_RANK, ON_THE_BASE, PREFIXES, QUANTISED, Plan, Precision
+from protocol.plan import COMPRESSED, LOW_RANK, ON_THE_BASE, PREFIXES, QUANTISED, Plan, Precision
 from strategies import cost
 from strategies.architecture import Architecture
 from strategies.footprint import Machine, setup_of
@@ -216,7 +216,7 @@ def _levels(plan: Plan, problem: Problem) -> list[_Level]:
     """From nothing given up to as much as can be, by what it loses."""
     lengths = [(plan.data.max_length, 1.0)]
     if "data.max_length" not in problem.wishes:
-        usual = _rounded(problem.task.input_tokens)
+        usual = rounded(problem.task.input_tokens)
         if usual < plan.data.max_length:
             lengths.append((usual, 0.97))
         shorter = min(usual, plan.data.max_length)
@@ -252,7 +252,7 @@ def _optimizers(plan: Plan, problem: Problem) -> Sequence[str]:
 
     Where few numbers train, they save nothing.
     """
-    if "training.optim" in problem.wishes or plan.method not in ("full", "freezing"):
+    if "training.optim" in problem.wishes or plan.method not in COMPRESSED:
         return (plan.training.optim,)
     return (plan.training.optim, *(_EIGHT_BIT if "optimizers" in problem.machine.kernels else ()))
 
@@ -378,10 +378,10 @@ def _reasons(one: _Tried, problem: Problem) -> dict[str, str]:
 
 def _operations(plan: Plan, problem: Problem) -> float:
     """A stand-in for seconds where rates are not known: 6 operations for each trained parameter and token, 4 for others."""
-    per_token = problem.architecture.parameters * (6 if plan.method in ("full", "freezing") else 4)
+    per_token = problem.architecture.parameters * (6 if plan.method in COMPRESSED else 4)
     return per_token * problem.task.rows * plan.training.num_train_epochs * plan.data.max_length * 1e-13
 
 
-def _rounded(tokens: int) -> int:
+def rounded(tokens: int) -> int:
     """To a multiple of 8, which kernels like."""
     return -(-tokens // 8) * 8

@@ -112,7 +112,8 @@ def fit(
     from transformers import PrinterCallback, set_seed
 
     watch = plan.training.eval_steps and held_out
-    train, kept = _encoded(rows, base, plan), _encoded(held_out, base, plan) if watch else None
+    reads = load_tokenizer(base)
+    train, kept = _encoded(rows, reads, plan), _encoded(held_out, reads, plan) if watch else None
     near = start if reference is None else reference
     given, moved = plan.objective in OVER_GIVEN_ANSWERS, bool(near.factors or near.dense)
     if given and moved:  # first of all, so that there is never more than one model in memory
@@ -166,8 +167,8 @@ def fit(
     return Trained(adapter, {**metrics, **told, **method.metrics(model)})
 
 
-def _encoded(rows: Sequence[Row], base: Base, plan: Plan) -> Encoded:
-    encoded = encode(rows, load_tokenizer(base), plan.data.max_length, plan.objective)
+def _encoded(rows: Sequence[Row], tokenizer: Any, plan: Plan) -> Encoded:
+    encoded = encode(rows, tokenizer, plan.data.max_length, plan.objective)
     if plan.objective == "kto":
         settings = plan.training
         paired = kto.mismatched(encoded.rows, settings.batch_size, plan.data.max_length, settings.seed)

@@ -46,7 +46,7 @@ def ladder(tmp_path, plan=PLAN):
     from flwr.app import RecordDict
 
     call = Call(federation="f", round=1, rounds=2, plan=plan, r=8)
-    return Ladder.of(call, plan, node(tmp_path), Memory(RecordDict(), "f", tmp_path / "state"))
+    return Ladder(call, plan, node(tmp_path), Memory(RecordDict(), "f", tmp_path / "state"))
 
 
 def test_each_rung_is_tried_once_and_the_one_that_holds_is_remembered(tmp_path):
@@ -152,7 +152,7 @@ def attempt(plan):
     seen.append(plan.training.batch_size)
     return fit(plan, base, taken)
 
-made, reached = Ladder.of(call, plan, node, Memory(RecordDict(), "f", None)).train(attempt)
+made, reached = Ladder(call, plan, node, Memory(RecordDict(), "f", None)).train(attempt)
 print(json.dumps({"tried": seen, "steps": made.metrics["train-steps"], "modules": len(made.adapter.factors)}))
 """
 
