@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from protocol.adapter import Adapter, Factors
-from protocol.plan import HeadSettings, Plan
+from protocol.objective_settings import HeadSettings
+from protocol.plan import Plan
 from protocol.product_space import at_rank
 from strategies.base_model import Base, find, load, original_weight
 from strategies.data.formats import Row

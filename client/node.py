@@ -7,7 +7,7 @@ from pydantic import Field, PositiveInt
 
 from protocol.configuration import parse, read_yaml
 from protocol.errors import ConfigurationError
-from protocol.plan import Name, Strict
+from protocol.strict import Name, Strict
 from strategies.hardware import Hardware, override, probe
 from strategies.narrowing import TierName
 

@@ -2,15 +2,26 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, StringConstraints, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    model_serializer,
+    model_validator,
+)
 
 from protocol.codec import WireFormat
-from protocol.plan import COMPRESSED, LOW_RANK, REFERRING, Name, Plan, Strict, alike
+from protocol.plan import COMPRESSED, LOW_RANK, REFERRING, Objective, Plan, alike
+from protocol.strict import Name, Strict
 
 RuleName = Literal[
     "product-delta",
@@ -36,6 +47,20 @@ RuleName = Literal[
 
 # Far above any federation; a schedule holds a plan for each round, and counts of nodes are multiplied.
 MOST_ROUNDS, MOST_NODES = 100_000, 1_000_000
+# What nodes measure of each objective (docs/configuration.md), which of it is better when it is less, and the best there is.
+MEASURED: Mapping[Objective, tuple[str, ...]] = {
+    "sft": ("loss", "perplexity", "accuracy"),
+    "pretraining": ("loss", "perplexity"),
+    "classification": ("loss", "accuracy", "macro-f1"),
+    "regression": ("mse", "mae", "pearson"),
+    "dpo": ("loss", "reward-accuracy", "reward-margin"),
+    "kto": ("loss", "reward-desirable", "reward-undesirable"),
+    "reward": ("loss", "accuracy"),
+    "rl": ("reward", "kl"),
+}
+LOWER_IS_BETTER = ("loss", "perplexity", "mse", "mae", "kl", "reward-undesirable")
+_BEST = {"perplexity": 1, **dict.fromkeys(("loss", "mse", "mae"), 0)}
+_BEST |= dict.fromkeys(("accuracy", "macro-f1", "reward-accuracy", "pearson"), 1)
 # A folder of that name holds the adapter.
 AdapterName = Annotated[str, StringConstraints(pattern="^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
 
@@ -90,7 +115,7 @@ class RoundSettings(Strict):
 class StopSettings(Strict):
     """When a run ends before its last round."""
 
-    metric: Name | None = Field(None, description="what nodes measure: loss, accuracy, macro-f1 …")
+    metric: Name | None = Field(None, description="what nodes measure of a plan's objective: loss, accuracy, macro-f1 …")
     target: float | None = Field(None, description="the run ends when more than half of the nodes have reached it")
     seconds: PositiveFloat | None = Field(None, description="wall-clock budget over all rounds")
     traffic_bytes: PositiveInt | None = Field(None, description="budget of adapter bytes, both ways, all nodes")
@@ -129,7 +154,9 @@ class Federation(Strict):
     def _without_conflicts(self) -> "Federation":
         conflicts = (
             self._plans_that_can_be_published(),
+            self._one_schedule(),
             self._stages_that_go_on_from_each_other(),
+            self._stop_that_can_come(),
             self._rounds_that_can_be_kept(),
             self._settings_that_fit_their_rule(),
             self._plans_that_fit_the_rule(),
@@ -139,9 +166,42 @@ class Federation(Strict):
             raise ValueError("\n".join(problems))
         return self
 
-    def _plans_that_can_be_published(self) -> Iterator[str]:
+    @model_serializer(mode="wrap")
+    def _without_what_is_replaced(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What is written can be read again: no plan and no count beside what stands in their place."""
+        told: dict[str, Any] = written(self)
+        if self.stages or self.adapters:
+            told.pop("plan", None)
+        if self.stages:
+            told.get("rounds", {}).pop("count", None)
+        return told
+
+    def _one_schedule(self) -> Iterator[str]:
         if self.stages and self.adapters:
             yield "stages and adapters do not go together; run one federation per stage, or one per adapter"
+        for name in ("stages", "adapters"):
+            if getattr(self, name) and "plan" in self.model_fields_set:
+                yield f"plan: found beside {name}, which stand in its place; write one of the two"
+        if self.stages and "count" in self.rounds.model_fields_set:
+            yield "rounds.count: found beside stages, which count their own rounds; leave it out"
+
+    def _stop_that_can_come(self) -> Iterator[str]:
+        metric, target = self.stop.metric, self.stop.target
+        if metric is None or target is None:
+            return
+        known = dict.fromkeys(name for _, plan in self._plans() for name in MEASURED[plan.objective])
+        if metric not in known:
+            yield f"stop.metric: found {metric!r}, nodes measure {', '.join(known)}; name one of them"
+        best = _BEST.get(metric)
+        if best is not None and (target < best if metric in LOWER_IS_BETTER else target > best):
+            yield f"stop.target: found {target:g}, and {metric} is never better than {best}; name what it can reach"
+        if not self.rounds.evaluate_every:
+            yield (
+                "stop.metric: rounds.evaluate_every is 0, so it is measured when every round is done; let nodes measure every "
+                "few rounds"
+            )
+
+    def _plans_that_can_be_published(self) -> Iterator[str]:
         for where, plan in self._plans():
             if plan.data.train or plan.data.evaluate:
                 yield f"{where}.data names files; each node brings its own data, so leave train and evaluate out"
@@ -153,8 +213,15 @@ class Federation(Strict):
     def _stages_that_go_on_from_each_other(self) -> Iterator[str]:
         first, *others = [stage.plan for stage in self.stages] or [self.plan]
         for number, plan in enumerate(others, 2):
-            if (plan.base_model, plan.lora.target_modules) != (first.base_model, first.lora.target_modules):
-                yield f"stages: number {number} has another base_model or other target_modules than the first"
+            for key, found, before in (
+                ("base_model", plan.base_model, first.base_model),
+                ("lora.target_modules", plan.lora.target_modules, first.lora.target_modules),
+            ):
+                if found != before:
+                    yield (
+                        f"stages: number {number} has {key} {found}, and the first, whose adapter it goes on from, {before}; "
+                        "take the same, or run it as a federation of its own"
+                    )
             if plan.lora.r > first.lora.r:
                 yield (
                     f"stages: number {number} has rank {plan.lora.r}, more than the first's {first.lora.r}, and nodes offer "
@@ -248,13 +315,30 @@ class Federation(Strict):
 
     def identity(self) -> str:
         """SHA-256 over all that decides what a run computes: one that died goes on only as the same federation."""
-        told = self.model_dump(mode="json", exclude={"output": True, "stop": True, "rounds": _PATIENCE})
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self._decisive(), sort_keys=True).encode()).hexdigest()
+
+    def differing(self, other: "Federation") -> list[str]:
+        """Keys by which another federation computes something else."""
+        own, others = (dict(_flat(each._decisive())) for each in (self, other))
+        return sorted(key for key in own.keys() | others.keys() if own.get(key) != others.get(key))
+
+    def stage(self, number: int) -> str:
+        """Name of the stage that round ``number`` is in; empty where there are none."""
+        names = [stage.name for stage in self.stages for _ in range(stage.rounds)]
+        return names[number - 1] if names else ""
+
+    def _decisive(self) -> dict[str, Any]:
+        return self.model_dump(mode="json", exclude={"output": True, "stop": True, "rounds": _PATIENCE})
 
     def _plans(self) -> list[tuple[str, Plan]]:
         named = [(f"adapters.{name}", plan) for name, plan in self.adapters.items()]
         staged = [(f"stages.{number}.plan", stage.plan) for number, stage in enumerate(self.stages)]
         return named or staged or [("plan", self.plan)]
+
+
+def _flat(told: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in told.items():
+        yield from _flat(value, f"{at}{key}.") if isinstance(value, dict) else [(f"{at}{key}", value)]
 
 
 def _fewest(rule: RuleName, attackers: int) -> int:

@@ -12,7 +12,7 @@ from protocol.configuration import load
 from protocol.errors import ConfigurationError
 from protocol.federation import Federation
 from protocol.files import write_whole
-from protocol.plan import Name, Strict
+from protocol.strict import Name, Strict
 from simulations import partition
 from strategies.data.files import read
 from strategies.narrowing import TierName

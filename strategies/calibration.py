@@ -25,9 +25,12 @@ from typing import Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from protocol.configuration import parse
+from protocol.data_settings import DataSettings
 from protocol.errors import ConfigurationError, FedgeError, HardwareError
 from protocol.files import write_whole
-from protocol.plan import QUANTISED, DataSettings, Plan, Strict, TrainingSettings
+from protocol.plan import QUANTISED, Plan
+from protocol.strict import Strict
+from protocol.training_settings import TrainingSettings
 from strategies import architecture as architectures
 from strategies import cost, footprint, memory
 from strategies.base_model import EMBEDDED, Base, find, load_tokenizer

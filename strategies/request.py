@@ -8,7 +8,8 @@ from pydantic import Field
 
 from protocol.configuration import parse
 from protocol.errors import ConfigurationError, FedgeError
-from protocol.plan import Plan, Strict
+from protocol.plan import Plan
+from protocol.strict import Strict
 from strategies.architecture import Architecture, read
 from strategies.base_model import find
 from strategies.calibration import read_calibration

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from protocol.plan import Strict
+from protocol.strict import Strict
 
 Kind = Literal["generation", "classification", "regression", "question-answering", "code", "pretraining"]
 Feedback = Literal["none", "pairs", "single", "reward", "judge"]

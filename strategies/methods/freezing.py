@@ -9,7 +9,8 @@ What trains at any time travels as for full fine-tuning.
 from typing import TYPE_CHECKING, Any
 
 from protocol.errors import ModelError
-from protocol.plan import FreezingSettings, Plan
+from protocol.method_settings import FreezingSettings
+from protocol.plan import Plan
 from strategies.base_model import heads
 from strategies.methods import full
 from strategies.methods.layers import stack

@@ -5,7 +5,10 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import protocol.plan
-from protocol.plan import DataSettings, LoraSettings, Plan, TrainingSettings
+from protocol.data_settings import DataSettings
+from protocol.method_settings import LoraSettings
+from protocol.plan import Plan
+from protocol.training_settings import TrainingSettings
 from strategies.base_model import Base, heads, skeleton
 from strategies.methods import adalora, bitfit, bottleneck, freezing, full, ia3, lora, prompts
 from strategies.methods.method import Method, of_tensors

@@ -5,9 +5,12 @@ import yaml
 from pydantic import ValidationError
 
 from protocol.configuration import load, parse
+from protocol.data_settings import DataSettings
 from protocol.errors import ConfigurationError
 from protocol.federation import Federation
-from protocol.plan import DataSettings, LoraSettings, Plan, TrainingSettings
+from protocol.method_settings import LoraSettings
+from protocol.plan import Plan
+from protocol.training_settings import TrainingSettings
 
 
 def problems(content, model=Plan):

@@ -18,7 +18,8 @@ from protocol.adapter import Adapter, Factors
 from protocol.codec import CODED, LONGEST_TEXT, MOST_ENTRIES, encode, pack
 from protocol.errors import FedgeError, MessageError, StartMissingError
 from protocol.manifest import Manifest
-from protocol.plan import LoraSettings, Plan
+from protocol.method_settings import LoraSettings
+from protocol.plan import Plan
 from protocol.records import (
     PROTOCOL_VERSION,
     Call,

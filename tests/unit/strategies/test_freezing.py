@@ -9,7 +9,8 @@ from small_bases import LAYERS, saved
 
 from protocol.configuration import parse
 from protocol.errors import ConfigurationError, ModelError
-from protocol.plan import FreezingSettings, Plan
+from protocol.method_settings import FreezingSettings
+from protocol.plan import Plan
 from strategies.base_model import find, load
 from strategies.data.formats import Conversation
 from strategies.methods import freezing
