@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# One test process a core; a file's tests share what they have set up, so they stay together.
+PARALLEL := --numprocesses auto --maxprocesses 8 --dist loadfile
 export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
@@ -13,10 +15,10 @@ demo: $(READY)  ## four institutions fine-tune one model together
 	$(BIN)/fedge demo
 
 test: $(READY)  ## every claim but the slow ones
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 slow: $(READY)  ## the claims that train for minutes
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest $(PARALLEL) -m slow
 
 lint: $(READY)  ## style, types, arrows
 	$(BIN)/ruff check .

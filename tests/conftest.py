@@ -1,5 +1,6 @@
 """What every test shares: where the real data lies, a quiet Flower, one torch thread for repeatable sums."""
 
+import functools
 import gc
 import os
 import socket
@@ -8,7 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
+# A machine that others use too has slow moments: how long an example takes is no claim of ours.
+settings.register_profile("fedge", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("fedge")
 os.environ |= {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -55,9 +60,14 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 def _libraries_stay() -> Iterator[None]:
     """Trainers collect garbage at every turn, and would look each time at all that importing the libraries made."""
     yield
-    if "transformers" in sys.modules and not gc.get_freeze_count():
-        gc.collect()
-        gc.freeze()
+    if "transformers" in sys.modules:
+        _freeze()
+
+
+@functools.cache  # to ask how much is frozen takes a walk over all of it
+def _freeze() -> None:
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
