@@ -14,7 +14,7 @@ from client.arrived import receive
 from client.feedback import with_feedback
 from client.memory import Memory
 from client.node import Node, from_context
-from protocol.errors import FedgeError
+from protocol.errors import FedgeError, StartMissingError
 from protocol.records import METRICS, metric_record, offer_records, read_asked, update_records
 from strategies.libraries import calm
 
@@ -32,7 +32,7 @@ def query(message: Message, context: Context) -> Message:
 
         call, node = read_asked(message.content), from_context(context)
         for reason in node_round.choose(node_round.wish(call, node), node).reasons.values():
-            log.info("this node chose %s", reason)
+            log.warning("%s: %s", node.name, reason)  # what is less than was asked for is never silent
         memory = None if node.trial is False else Memory(context.state, call.federation, node.state)
         return offer_records(node_round.join(call, node, memory))
 
@@ -81,7 +81,8 @@ def _answer(message: Message, work: Callable[[], RecordDict]) -> Message:
     try:
         return Message(work(), reply_to=message)
     except FedgeError as error:
-        log.error("%s", error)
+        expected = isinstance(error, StartMissingError)  # the coordinator sends it whole
+        log.log(logging.INFO if expected else logging.ERROR, "%s", error)
         code = error.code
     except Exception as error:
         # Whatever a library raises may quote a row: the whole of it stays in this node's own log.

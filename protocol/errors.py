@@ -5,11 +5,13 @@
     │   ├── ConfigurationError     a plan, federation or node file; carries every problem at once
     │   ├── DataError              a data file or a row of it
     │   ├── ModelError             a base model that is missing or cannot do what was asked
-    │   └── HardwareError          a plan that does not fit this machine
+    │   ├── HardwareError          a plan that does not fit this machine
+    │   └── DivergenceError        a training whose loss left all bounds, twice
     ├── AdapterError               bytes, tensors or files that are not a valid adapter
     │   └── BaseMismatchError      a valid adapter, but of another base model
     ├── MessageError               a Flower message that does not follow the protocol
     │   └── StartMissingError      a message that counts on an adapter which this node no longer holds
+    ├── EndpointError              an endpoint that gave no usable answer
     └── FederationError            a round or a federation that cannot go on
 
 Messages never quote the content of a row: paths, line numbers, field names, shapes and counts only.
@@ -72,6 +74,12 @@ class HardwareError(UserError):
     code = "hardware"
 
 
+class DivergenceError(UserError):
+    """A training whose loss became NaN or exploded, with half the learning rate too."""
+
+    code = "diverged"
+
+
 class AdapterError(FedgeError):
     """Bytes, tensors or files that are not a valid adapter."""
 
@@ -97,6 +105,12 @@ class StartMissingError(MessageError):
     """The adapter that a message's arrays are a difference to is not held here; whole, it can be read."""
 
     code = "start-missing"
+
+
+class EndpointError(FedgeError):
+    """An endpoint that gave no usable answer; names address and status, never what was asked or answered."""
+
+    code = "endpoint"
 
 
 class FederationError(FedgeError):

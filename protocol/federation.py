@@ -51,6 +51,7 @@ MOST_ROUNDS, MOST_NODES = 100_000, 1_000_000
 MEASURED: Mapping[Objective, tuple[str, ...]] = {
     "sft": ("loss", "perplexity", "accuracy"),
     "pretraining": ("loss", "perplexity"),
+    "distillation": ("loss", "perplexity", "accuracy"),
     "classification": ("loss", "accuracy", "macro-f1"),
     "regression": ("mse", "mae", "pearson"),
     "dpo": ("loss", "reward-accuracy", "reward-margin"),
@@ -203,8 +204,11 @@ class Federation(Strict):
 
     def _plans_that_can_be_published(self) -> Iterator[str]:
         for where, plan in self._plans():
-            if plan.data.train or plan.data.evaluate:
-                yield f"{where}.data names files; each node brings its own data, so leave train and evaluate out"
+            if plan.without_rows() != plan:
+                yield (
+                    f"{where} names files; each node brings its own data, so leave out data.train, evaluate, tasks, replay, "
+                    "and forgetting.probe"
+                )
             if plan.objective == "classification" and plan.data.labels is None:
                 yield f"{where}.data.labels is missing; nodes must agree on every label and its row in the head"
         if self.start and self.adapters:
@@ -315,11 +319,11 @@ class Federation(Strict):
 
     def identity(self) -> str:
         """SHA-256 over all that decides what a run computes: one that died goes on only as the same federation."""
-        return hashlib.sha256(json.dumps(self._decisive(), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(_decisive(self), sort_keys=True).encode()).hexdigest()
 
     def differing(self, other: "Federation") -> list[str]:
         """Keys by which another federation computes something else."""
-        own, others = (dict(_flat(each._decisive())) for each in (self, other))
+        own, others = (dict(_flat(_decisive(each))) for each in (self, other))
         return sorted(key for key in own.keys() | others.keys() if own.get(key) != others.get(key))
 
     def stage(self, number: int) -> str:
@@ -327,13 +331,20 @@ class Federation(Strict):
         names = [stage.name for stage in self.stages for _ in range(stage.rounds)]
         return names[number - 1] if names else ""
 
-    def _decisive(self) -> dict[str, Any]:
-        return self.model_dump(mode="json", exclude={"output": True, "stop": True, "rounds": _PATIENCE})
-
     def _plans(self) -> list[tuple[str, Plan]]:
         named = [(f"adapters.{name}", plan) for name, plan in self.adapters.items()]
         staged = [(f"stages.{number}.plan", stage.plan) for number, stage in enumerate(self.stages)]
         return named or staged or [("plan", self.plan)]
+
+
+def without_plan(federation: Federation) -> list[str]:
+    """What is missing in a file that says nothing of what is to be trained: in a program the default plan may do."""
+    said = federation.model_fields_set & {"plan", "stages", "adapters"}
+    return [] if said else ["plan: missing; write what nodes are to train, or stages, or adapters"]
+
+
+def _decisive(federation: Federation) -> dict[str, Any]:
+    return federation.model_dump(mode="json", exclude={"output": True, "stop": True, "rounds": _PATIENCE})
 
 
 def _flat(told: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:

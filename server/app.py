@@ -9,7 +9,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from protocol.configuration import load
 from protocol.errors import ConfigurationError
-from protocol.federation import Federation
+from protocol.federation import Federation, without_plan
 from server.ledger import RoundRecord, place_of
 from server.rounds import run
 
@@ -20,7 +20,10 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Runs the federation whose file the run config names under ``federation``."""
-    federation = load(_find(str(context.run_config["federation"])), Federation)
+    file = _find(str(context.run_config["federation"]))
+    federation = load(file, Federation)
+    if problems := without_plan(federation):
+        raise ConfigurationError(str(file), problems)
     outcome = run(grid, federation, watch=_tell)
     for node, reason in outcome.left_out.items():
         log.warning("%s took no part: %s", node, reason)
@@ -30,17 +33,16 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def _tell(record: RoundRecord) -> None:
-    of = f" of {record.adapter}" if record.adapter else ""
-    log.info("round %d%s: merged %d update(s) in %.1f s", record.round, of, len(record.accepted), record.seconds)
+    log.info("%s: merged %d update(s) in %.1f s", record.title, len(record.accepted), record.seconds)
     for what, said in record.merge.get("details", {}).items():
         if said not in ("", 0):
-            log.info("round %d%s: %s: %s", record.round, of, what, said)
+            log.info("%s: %s: %s", record.title, what, said)
     for node, reason in {**record.refused, **record.silent, **record.paused}.items():
-        log.warning("round %d: without %s: %s", record.round, node, reason)
+        log.warning("%s: without %s: %s", record.title, node, reason)
     for node, reason in record.evaluation_refused.items():
-        log.warning("round %d: not measured by %s: %s", record.round, node, reason)
+        log.warning("%s: not measured by %s: %s", record.title, node, reason)
     for node, metrics in record.evaluation.items():
-        log.info("round %d: %s: %s", record.round, node, ", ".join(f"{k} {v:.4g}" for k, v in sorted(metrics.items())))
+        log.info("%s: %s: %s", record.title, node, ", ".join(f"{k} {v:.4g}" for k, v in sorted(metrics.items())))
 
 
 def _find(name: str) -> Path:

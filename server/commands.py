@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +19,11 @@ if TYPE_CHECKING:
 Folder = Annotated[Path, typer.Argument(help="Output folder of the federation.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON line instead of tables.")]
 
-coordinator = typer.Typer(help="What a federation's folder says, and how it goes on.", no_args_is_help=True)
+_WORDS = ("node", "adapter", "stage", "last refused")
+
+coordinator = typer.Typer(
+    help="What a federation's folder says, and how it goes on.", no_args_is_help=True, suggest_commands=False
+)
 
 
 def mount(app: typer.Typer) -> None:
@@ -46,20 +51,26 @@ def watch(folder: Folder, every: Annotated[float, typer.Option(min=0.1, help="Se
     from rich.console import Group
     from rich.live import Live
 
+    from server.events import FILE
     from server.story import read_story
 
-    with Live(console=_console(), refresh_per_second=4) as live:
-        while True:
-            story = read_story(folder)
+    console = _console()
+    if not (folder / FILE).exists():
+        typer.echo(f"no round is kept in {shown(str(folder))} yet; waiting for the first (Ctrl-C ends)", err=True)
+    while not (folder / FILE).exists():
+        time.sleep(every)
+    with Live(console=console, refresh_per_second=4) as live:
+        while not (story := read_story(folder)).ended:
             live.update(Group(*_status_tables(story)))
-            if story.ended:
-                return
             time.sleep(every)
+        live.update(Group(*_status_tables(story)))
+    if not console.is_terminal:
+        console.print()
 
 
 @coordinator.command()
 def rounds(folder: Folder, as_json: Json = False) -> None:
-    """Every round: who was merged, what was measured, how much was cut off, effective rank, bytes and seconds."""
+    """Every round: how many were merged, refused and silent, what was measured and cut off, effective rank, bytes, seconds."""
     from server.events import finite
     from server.story import read_story
 
@@ -67,7 +78,7 @@ def rounds(folder: Folder, as_json: Json = False) -> None:
     if as_json:
         typer.echo(json.dumps([finite(event.model_dump(exclude_unset=True)) for event in story.rounds]))
         return
-    _console().print(_rounds_table(story))
+    _console().print(*_rounds_tables(story), sep="\n")
 
 
 @coordinator.command()
@@ -76,35 +87,40 @@ def export(
     target: Annotated[Path, typer.Argument(help="New folder for the adapter; PEFT loads it.")],
     adapter: Annotated[str, typer.Option(help="Which, where the federation has several.")] = "",
     number: Annotated[int | None, typer.Option("--round", help="Which round; else the newest.")] = None,
+    figures: Annotated[
+        bool, typer.Option("--figures", help="round.json too: every institution's name, row count, losses and norms.")
+    ] = False,
 ) -> None:
     """Copies one round's adapter to a folder of its own, after its checksums were held against it."""
     from server.ledger import export as copy
 
-    found = copy(folder, target, adapter, number)
+    found = copy(folder, target, adapter, number, figures=figures)
     typer.echo(f"round {found}: {target}")
 
 
 @coordinator.command()
 def resume(
     folder: Folder,
-    run: Annotated[list[str] | None, typer.Option(help="App folder, then the SuperLink's connection: starts flwr run.")] = None,
+    connection: Annotated[
+        str | None, typer.Option("--run", metavar="CONNECTION", help="Starts it on this connection of flwr's config.toml.")
+    ] = None,
+    app: Annotated[Path, typer.Option(help="With --run: the folder of the Flower app, a checkout of fedge.")] = Path(),
 ) -> None:
-    """Says after which round a federation that died goes on, and how; with ``--run`` twice it starts it on a SuperLink."""
+    """Says after which round a federation that died goes on, and how; with --run it starts it on a SuperLink."""
     import subprocess
 
-    from protocol.errors import ConfigurationError
-    from server.ledger import resumable
+    from server.ledger import resumable, write_resume
 
-    number, file, damaged = resumable(folder)
+    number, federation, damaged = resumable(folder)
     for what in damaged:
         typer.echo(what, err=True)
     typer.echo(f"goes on after round {number}")
-    command = ["flwr", "run", *(run or [".", "CONNECTION"]), "--run-config", f'federation="{file}"']
-    if run is None:
-        typer.echo("with: " + " ".join(f"'{word}'" if '"' in word else word for word in command))
+    if connection is None:
+        typer.echo("if it was a simulation: fedge simulate, with its scenario's file")
+        typer.echo(f"if it was on a SuperLink: fedge coordinator resume {folder} --run CONNECTION")
         return
-    if len(run) != 2:
-        raise ConfigurationError("--run", [f"found {len(run)} value(s); give the app folder and the connection's name"])
+    file = write_resume(folder, federation)
+    command = ["flwr", "run", str(app), connection, "--run-config", f'federation="{file}"']
     raise typer.Exit(subprocess.run(command, check=False).returncode)
 
 
@@ -120,52 +136,61 @@ def _status_tables(story: "Story") -> "list[Table]":
 
     head = Table(title=story.name, show_header=False)
     for name, value in story.summary().items():
-        if not isinstance(value, dict | list):
+        if not isinstance(value, dict | list) and value != "":
             head.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else shown(str(value)))
-    nodes = Table("node", "adapter", "method", "r", "rounds", "last refused", title="nodes")
-    for name, about in story.nodes.items():
-        cells = (about.get(key, "") for key in ("adapter", "method", "r", "accepted", "refused"))
-        nodes.add_row(*(shown(str(cell)) for cell in (name, *cells)))
-    metrics = story.metrics()
-    measured = Table("node", *map(shown, metrics), title="measured by the nodes, newest round")
-    for name, found in story.evaluation.items():
-        measured.add_row(shown(name), *(_number(found.get(metric)) for metric in metrics))
-    return [head, nodes, *([measured] if story.evaluation else [])]
+    facts = ("adapter", "method", "r", "accepted", "refused")
+    nodes = {"node": list(story.nodes)} | {fact: [str(node.get(fact, "")) for node in story.nodes.values()] for fact in facts}
+    nodes = {{"accepted": "rounds", "refused": "last refused"}.get(name, name): cells for name, cells in nodes.items()}
+    measured = {"node": list(story.evaluation)} | {
+        {"num-examples": "rows"}.get(metric, metric): [_number(found.get(metric)) for found in story.evaluation.values()]
+        for metric in [*story.metrics(), "num-examples"]
+    }
+    tables = [head, _table("nodes", nodes)]
+    return [*tables, _table("measured by the nodes, newest round", measured)] if story.evaluation else tables
 
 
-def _rounds_table(story: "Story") -> "Table":
-    from rich.table import Table
-
+def _rounds_tables(story: "Story") -> "list[Table]":
+    """Two of them: what was merged, and what was measured, for 80 columns are not enough for both."""
     from server.story import middle
 
-    metrics = story.metrics()
-    columns = (
-        "round",
-        "adapter",
-        "merged",
-        "refused",
-        "silent",
-        *map(shown, metrics),
-        "cut off",
-        "effective rank",
-        "MB",
-        "seconds",
-    )
-    table = Table(*columns, title=story.name)
-    for event in story.rounds:
-        table.add_row(
-            str(event.round),
-            shown(event.adapter),
-            *(str(len(names)) for names in (event.accepted, event.refused, event.silent)),
-            *(_number(middle(event, metric)) for metric in metrics),
-            _number(event.merge.get("discarded_energy")),
-            _number(event.merge.get("effective_rank")),
-            f"{(event.bytes_sent + event.bytes_received) / 1e6:.1f}",
-            f"{event.seconds:.1f}",
-        )
+    events, metrics = story.rounds, story.metrics()
+    which = {
+        "round": [str(event.round) for event in events],
+        "stage": [event.stage for event in events],
+        "adapter": [event.adapter for event in events],
+    }
+    merged = {
+        "merged": [str(len(event.accepted)) for event in events],
+        **{
+            kind: [str(len(getattr(event, kind)) or "") for event in events]
+            for kind in ("refused", "silent", "paused", "dropped")
+        },
+        "cut off": [_number(event.merge.get("discarded_energy"), ".1e") for event in events],
+        "rank": [_number(event.merge.get("effective_rank"), ".1f") for event in events],
+        "MB": [f"{(event.bytes_sent + event.bytes_received) / 1e6:.1f}" for event in events],
+        "s": [f"{event.seconds:.1f}" for event in events],
+    }
+    measured = {metric: [_number(middle(event, metric)) for event in events] for metric in metrics}
+    tables = [_table(story.name, which | merged)]
+    return [*tables, _table("measured: the middle of the nodes", which | measured)] if metrics else tables
+
+
+def _table(title: str, columns: Mapping[str, Sequence[str]]) -> "Table":
+    """Columns in which nothing stands are left out; where there is no room words go on in another line, numbers never."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    there = {name: cells for name, cells in columns.items() if any(cells)}
+    for name in there:
+        table.add_column(shown(name), overflow="fold", no_wrap=name not in _WORDS)
+    for row in zip(*there.values(), strict=True):
+        table.add_row(*map(shown, row))
     return table
 
 
-def _number(value: Any) -> str:
+def _number(value: Any, form: str = ".4g") -> str:
     """Of whatever the log holds: a whole number may be larger than any float."""
-    return f"{value:.4g}" if isinstance(value, int | float) and abs(value) <= sys.float_info.max else ""
+    if not isinstance(value, int | float) or abs(value) > sys.float_info.max:
+        return ""
+    return f"{value:{form}}" if value else "0"

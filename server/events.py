@@ -30,7 +30,7 @@ class Event(BaseModel):
         round: The round that it belongs to.
         node, adapter, method, precision, r: Who joined, with what.
         reason, what, members: Why somebody was left out or a run ended, what is damaged, who went apart.
-        accepted, refused, silent, paused: Of a round, by node name (``server.ledger.RoundRecord``), as is all that follows.
+        stage, accepted, refused, silent, paused: Of a round (``server.ledger.RoundRecord``), as is all that follows.
     """
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
@@ -46,10 +46,12 @@ class Event(BaseModel):
     reason: str = ""
     what: str = ""
     members: tuple[str, ...] = ()
+    stage: str = ""
     accepted: tuple[str, ...] = ()
     refused: Mapping[str, str] = {}
     silent: Mapping[str, str] = {}
     paused: Mapping[str, str] = {}
+    dropped: tuple[str, ...] = ()
     evaluation: Mapping[str, Mapping[str, float]] = {}
     evaluation_refused: Mapping[str, str] = {}
     merge: Mapping[str, Any] = {}

@@ -27,17 +27,19 @@ _NO_MESSAGE = (AttributeError, LookupError, MemoryError, RecursionError, TypeErr
 
 @dataclass
 class Collected(Generic[T]):
-    """Everyone who was asked is in exactly one of the three.
+    """Everyone who was asked is in exactly one of the four.
 
     Attributes:
         results: What each node said, by node id.
         refused: Why what it said cannot be used.
         silent: Why nothing came: an error at the node, or no reply in time.
+        dropped: Who was not waited for: enough others were faster.
     """
 
     results: dict[int, T] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
     silent: dict[int, str] = field(default_factory=dict)
+    dropped: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -174,5 +176,5 @@ def collect(
     exchange = Exchange(grid, read, array_bytes=array_bytes, again=again)
     exchange.ask(messages, seconds)
     found = exchange.hear(enough=enough)
-    found.silent |= dict.fromkeys(exchange.waiting(), "not needed: enough others were faster")
+    found.dropped = exchange.waiting()
     return found

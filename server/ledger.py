@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import chain
@@ -50,10 +50,12 @@ class RoundRecord:
     Attributes:
         round: From 1; 0 is before any training.
         adapter: Which of the federation's adapters; empty where there is but one.
+        stage: Which of its stages; empty where there are none.
         accepted: Metrics by node name, of the updates that were merged.
         refused: Reason by node name, of the updates that were quarantined.
         silent: Reason by node name, of the nodes that sent nothing that could be read in time.
         paused: Reason by node name, of the nodes that were not asked.
+        dropped: Names of the nodes that were asked beyond the cohort and not waited for.
         evaluation: Metrics by node name, measured by the nodes on their held-out rows with the new global adapter.
         evaluation_refused: Reason by node name, of those that could not measure.
         norms: Size of each accepted update's change, in product space.
@@ -64,10 +66,12 @@ class RoundRecord:
 
     round: int
     adapter: str = ""
+    stage: str = ""
     accepted: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
     silent: Mapping[str, str] = field(default_factory=dict)
     paused: Mapping[str, str] = field(default_factory=dict)
+    dropped: Sequence[str] = field(default_factory=list)
     evaluation: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     evaluation_refused: Mapping[str, str] = field(default_factory=dict)
     norms: Mapping[str, float] = field(default_factory=dict)
@@ -75,6 +79,12 @@ class RoundRecord:
     bytes_sent: int = 0
     bytes_received: int = 0
     seconds: float = 0.0
+
+    @property
+    def title(self) -> str:
+        """The round as a line of a log begins."""
+        of = f" of {self.adapter}" if self.adapter else ""
+        return f"round {self.round}{of} ({self.stage})" if self.stage else f"round {self.round}{of}"
 
 
 @dataclass(frozen=True)
@@ -117,10 +127,12 @@ class Found:
     Attributes:
         checkpoint: After its newest good round; None where there is nothing to go on from.
         damaged: Newer rounds, and why each cannot be read.
+        another: The newest good round is of another federation, whose run has not ended: its number.
     """
 
     checkpoint: Checkpoint | None = None
     damaged: Mapping[Path, str] = field(default_factory=dict)
+    another: int = 0
 
     def told(self) -> list[str]:
         """What is damaged, a line each."""
@@ -221,8 +233,20 @@ class Ledger:
             except (FedgeError, OSError, ValueError, SafetensorError) as error:
                 damaged[folder] = shown(" ".join(str(error).split()))
                 continue
-            return Found(checkpoint, damaged) if identity == self._identity else Found()
+            return Found(checkpoint, damaged) if identity == self._identity else Found(another=checkpoint.round)
         return Found(damaged=damaged)
+
+    def of_another(self, number: int, federation: Federation) -> str:
+        """Why nothing begins in a folder that holds ``number`` rounds of another federation's run."""
+        try:
+            keys = ", ".join(federation.differing(_published(self.folder))[:8])
+        except (OSError, ValueError, KeyError):
+            keys = f"{DESCRIPTION} does not say what"
+        return (
+            f"{self.folder}: holds {number} round(s) of a run that has not ended, and this one computes something else (other "
+            f"values of {keys}); set them back to go on, name another output (start: {self.folder / ADAPTER} goes on from what "
+            "was reached), or move the folder away to begin anew"
+        )
 
     def mend(self, found: Found) -> list[str]:
         """Readies the folder for going on with what ``newest`` found there.
@@ -298,6 +322,7 @@ class Ledger:
         for path in there:
             if path.exists():
                 path.rename(aside / path.name)
+        log.warning("the rounds of the run before are now in %s", aside)
 
     def _copy_newest(self, rounds: Path, names: Iterable[str]) -> None:
         for name in names:
@@ -336,10 +361,10 @@ def _read(folder: Path) -> tuple[str, Checkpoint]:
     return state.identity, Checkpoint(state.round, kept, state.state, load((folder / ARRAYS).read_bytes()))
 
 
-def _copy(source: Path, target: Path) -> None:
+def _copy(source: Path, target: Path, *, figures: bool = True) -> None:
     """A round's adapter, without what only the coordinator needs."""
     with whole_folder(target) as draft:
-        for file in (WEIGHTS, CONFIG, MANIFEST, ROUND):
+        for file in (WEIGHTS, CONFIG, MANIFEST, *([ROUND] if figures else [])):
             shutil.copyfile(source / file, draft / file)
 
 
@@ -425,17 +450,26 @@ def _free(path: Path) -> Path:
     return found
 
 
-def export(folder: Path, target: Path, adapter: str = "", number: int | None = None) -> int:
+def export(folder: Path, target: Path, adapter: str = "", number: int | None = None, *, figures: bool = False) -> int:
     """Copies a round's adapter to ``target``; returns the round.
 
+    Args:
+        folder: Of the federation.
+        target: A new folder.
+        adapter: Which, where there are several.
+        number: Of the round; without it the newest.
+        figures: ``round.json`` as well, which names every institution with its counts, losses and norms.
+
     Raises:
-        AdapterError: There is no such round or adapter, it is damaged, or the target is there already.
+        AdapterError: There is no such round or adapter, it is damaged, or the target is there already or cannot be written.
     """
-    if target.exists():
+    if os.path.lexists(target):
         raise AdapterError(f"{target}: is there already; name a new folder")
-    there = [path for path in _rounds(folder) if number is None or int(path.name) == number]
+    kept = {int(path.name): path for path in _rounds(folder)}
+    there = [path for at, path in kept.items() if number in (None, at)]
     if not there:
-        raise AdapterError(f"{folder / ROUNDS}: no {'round' if number is None else f'round {number}'} is kept here")
+        said = f"no round {number} is kept here; there are {min(kept)} to {max(kept)}" if kept else "no round is kept here"
+        raise AdapterError(f"{folder / ROUNDS}: {said}")
     try:
         _check_seal(there[-1])
     except (OSError, ValueError) as error:
@@ -446,20 +480,28 @@ def export(folder: Path, target: Path, adapter: str = "", number: int | None = N
         names = sorted(path.parent.relative_to(inside).as_posix() for path in inside.rglob(WEIGHTS))
         said = f"expected one of {', '.join(names)} (--adapter)" if names else "the federation has one adapter, without a name"
         raise AdapterError(f"adapter {adapter!r} is not in {there[-1]}; {shown(said)}")
-    _copy(source, target)
+    try:
+        _copy(source, target, figures=figures)
+    except OSError as error:
+        raise AdapterError(f"{target}: cannot be written ({error.strerror or error}); name another folder") from None
     return int(there[-1].name)
 
 
-def resumable(folder: Path) -> tuple[int, Path, list[str]]:
-    """The round after which a federation that died goes on, a file that ``flwr run`` takes to do so, and what is damaged.
+def _published(folder: Path) -> Federation:
+    """What ``describe`` wrote; a ValueError or KeyError where it is missing or damaged."""
+    return Federation.model_validate(_json(folder / DESCRIPTION, _OBJECT)["federation"])
 
-    Nothing in the folder is changed but that file: the coordinator of this federation may well be running.
+
+def resumable(folder: Path) -> tuple[int, Federation, list[str]]:
+    """The round after which a federation that died goes on, the federation, and what is damaged.
+
+    Nothing in the folder is changed: the coordinator of this federation may well be running.
 
     Raises:
         AdapterError: There is no federation, it has ended, or none of its rounds is good.
     """
     try:
-        federation = Federation.model_validate(_json(folder / DESCRIPTION, _OBJECT)["federation"])
+        federation = _published(folder)
     except (OSError, ValueError, KeyError):
         raise AdapterError(
             f"{folder / DESCRIPTION}: not there or not readable; name the output folder of a federation, or start the "
@@ -472,6 +514,11 @@ def resumable(folder: Path) -> tuple[int, Path, list[str]]:
         raise AdapterError(
             "; ".join([f"{folder}: no good round is left", *found.told(), "start the federation again, it begins anew"])
         )
-    file = folder / RESUME
+    return found.checkpoint.round, federation, found.told()
+
+
+def write_resume(folder: Path, federation: Federation) -> Path:
+    """Writes a file that ``flwr run`` takes to go on with the federation of this folder, and returns it."""
+    file = folder.resolve() / RESUME
     write_whole(file, json.dumps(federation.model_dump(mode="json") | {"output": str(folder.resolve())}, indent=2))
-    return found.checkpoint.round, file.resolve(), found.told()
+    return file

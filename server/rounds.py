@@ -22,7 +22,7 @@ from flwr.serverapp import Grid
 from protocol.adapter import Adapter, Array, Factors
 from protocol.codec import pack, unpack
 from protocol.errors import AdapterError, DataError, FederationError
-from protocol.federation import Federation
+from protocol.federation import LOWER_IS_BETTER, Federation
 from protocol.files import read_adapter
 from protocol.manifest import Manifest
 from protocol.product_space import at_rank
@@ -40,7 +40,8 @@ from server.training_round import Trained, TrainingRound, described
 
 log = logging.getLogger("flwr")
 Watch = Callable[[RoundRecord], None]
-_LOWER_IS_BETTER = ("loss", "perplexity", "mse", "mae", "kl")
+# Rules that set liars aside, and of how many updates at least one.
+_FEWEST = {"agreement": 4, "trimmed-mean": 4, "krum": 5, "multi-krum": 5}
 
 
 @dataclass(frozen=True)
@@ -77,20 +78,24 @@ class Outcome:
         return next(iter(self.kept.values()))
 
 
-def run(grid: Grid, federation: Federation, watch: Watch = lambda record: None) -> Outcome:
+def run(
+    grid: Grid, federation: Federation, watch: Watch = lambda record: None, anew: Callable[[], None] = lambda: None
+) -> Outcome:
     """Runs a federation to its end; one that died in this output folder goes on where it was.
 
     Args:
         grid: Reaches the nodes.
         federation: What to publish.
         watch: Called after every round of every adapter.
+        anew: Called before the first round, and not where a run goes on.
 
     Raises:
-        FederationError: Too few nodes joined, too few sent a usable update, or a round cannot be kept.
+        FederationError: Too few nodes joined, too few sent a usable update, a round cannot be kept, or the folder holds another
+            run that has not ended.
         AdapterError: The adapter that the federation is to start from is damaged, or not for its base and plan.
     """
     with _alone_in(federation.output):
-        return _Coordinator(grid, federation, watch).run()
+        return _Coordinator(grid, federation, watch, anew).run()
 
 
 @contextmanager
@@ -113,10 +118,11 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 
 class _Coordinator:
-    def __init__(self, grid: Grid, federation: Federation, watch: Watch) -> None:
+    def __init__(self, grid: Grid, federation: Federation, watch: Watch, anew: Callable[[], None]) -> None:
         self._grid = grid
         self._federation = federation
         self._watch = watch
+        self._anew = anew
         self._events = EventLog(federation.output, tensorboard=federation.rounds.tensorboard)
         self._ledger = Ledger(federation.output, identity=federation.identity())
         self._tracks: dict[str, Track] = {
@@ -135,11 +141,16 @@ class _Coordinator:
     def run(self) -> Outcome:
         self._ledger.check()
         found = self._ledger.newest()
+        if found.another:
+            raise FederationError(self._ledger.of_another(found.another, self._federation))
         for what in self._ledger.mend(found):
             self._events.note("damaged", found.checkpoint.round if found.checkpoint else 0, what=what)
         if found.checkpoint:
             self._restore(found.checkpoint)
+        else:
+            self._anew()
         self._members.gather()
+        self._warn_of_few()
         if found.checkpoint:
             self._describe()
         last = max(len(track.plans) for track in self._tracks.values())
@@ -156,13 +167,20 @@ class _Coordinator:
 
     # Beginning, and going on --------------------------------------------------------------------------------------------
 
+    def _warn_of_few(self) -> None:
+        rule, cohort = self._federation.aggregation.rule, self._federation.rounds.cohort
+        for track in self._tracks.values():
+            updates = min(len(track.members), cohort or len(track.members))
+            if updates < (fewest := _FEWEST.get(rule, 0)):
+                log.warning("%s sets nobody aside of fewer than %d updates, and a round has %d", rule, fewest, updates)
+
     def _restore(self, found: Checkpoint) -> None:
         state = found.state
         self._events.open()
         if not _is_noted(self._ledger.folder, found.round, state["happened"]):
             self._note(found.round, state["happened"])
         self._events.note("resumed", found.round)
-        log.info("going on after round %d in %s", found.round, self._ledger.folder)
+        log.warning("going on after round %d in %s", found.round, self._ledger.folder)
         self._number, self._traffic_bytes, self._seconds = found.round, state["traffic_bytes"], state["seconds"]
         self._standing.restore(state["standing"])
         self._publisher.restore(_part(found.arrays, "publisher"), state["publisher"])
@@ -246,10 +264,12 @@ class _Coordinator:
         return RoundRecord(
             round=self._number,
             adapter=name,
+            stage=self._federation.stage(self._number),
             accepted=done.accepted,
             refused=done.refused,
             silent=done.silent,
             paused=done.paused,
+            dropped=done.dropped,
             evaluation=measured.metrics,
             evaluation_refused=measured.refused,
             norms=done.norms,
@@ -344,7 +364,7 @@ class _Coordinator:
         if stop.seconds and self._seconds >= stop.seconds:
             return f"the rounds took {self._seconds:.0f} s, the budget is {stop.seconds:g} s"
         if stop.metric and stop.target is not None and (found := self._reached(stop.metric)) is not None:
-            reached = found <= stop.target if stop.metric in _LOWER_IS_BETTER else found >= stop.target
+            reached = found <= stop.target if stop.metric in LOWER_IS_BETTER else found >= stop.target
             if reached:
                 return f"{stop.metric} is {found:.6g} or better at more than half of the nodes, the target is {stop.target:g}"
         return ""
@@ -355,7 +375,7 @@ class _Coordinator:
         values = [metrics[metric] for record in newest for metrics in record.evaluation.values() if metric in metrics]
         if not values:
             return None
-        return median_high(values) if metric in _LOWER_IS_BETTER else median_low(values)
+        return median_high(values) if metric in LOWER_IS_BETTER else median_low(values)
 
     def _note_member(self, event: str, **facts: Any) -> None:
         self._events.note(event, self._number, **facts)
@@ -399,10 +419,12 @@ def _event(record: RoundRecord) -> dict[str, Any]:
     """What ``events.jsonl`` says of a round; the whole of it is in ``round.json``."""
     return {
         "adapter": record.adapter,
+        "stage": record.stage,
         "accepted": sorted(record.accepted),
         "refused": dict(record.refused),
         "silent": dict(record.silent),
         "paused": dict(record.paused),
+        "dropped": list(record.dropped),
         "evaluation": {name: dict(metrics) for name, metrics in record.evaluation.items()},
         "evaluation_refused": dict(record.evaluation_refused),
         "merge": {key: value for key, value in record.merge.items() if key != "details"},

@@ -1,5 +1,6 @@
 """A federation's folder as a person asks about it: where it stands, its nodes, its rounds. Read from its event log."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ class Story:
         left_out: Reason by node, of those that could not join.
         rounds: One event per round and adapter, in order.
         evaluation: Metrics by node, of the newest round that was measured.
+        last: When the newest event was, in seconds since 1970.
         ended: Why there are no more rounds; empty while there are.
         troubles: Damaged checkpoints, rounds without quorum, splits: one line each.
     """
@@ -29,17 +31,23 @@ class Story:
     rounds: list[Event] = field(default_factory=list)
     evaluation: dict[str, Mapping[str, float]] = field(default_factory=dict)
     ended: str = ""
+    last: float = 0.0
     troubles: list[str] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
         """The whole in one mapping, for ``--json`` and the head of the status."""
+        newest = self.rounds[-1] if self.rounds else Event(event="round")
+        seconds: dict[int, float] = {}
+        for event in self.rounds:  # several adapters share a round's time
+            seconds[event.round] = max(event.seconds, seconds.get(event.round, 0.0))
         return {
-            "state": self.ended or "running, or died",
-            "round": self.rounds[-1].round if self.rounds else 0,
+            "state": self.ended or f"running, or died; the last event was {max(0, round(time.time() - self.last)):,} s ago",
+            "round": newest.round,
+            "stage": newest.stage,
             "nodes": len(self.nodes),
             "bytes_sent": sum(event.bytes_sent for event in self.rounds),
             "bytes_received": sum(event.bytes_received for event in self.rounds),
-            "seconds": round(sum(event.seconds for event in self.rounds), 3),
+            "seconds": round(sum(seconds.values()), 3),
             "left_out": self.left_out,
             "refused": {name: about["refused"] for name, about in self.nodes.items() if about.get("refused")},
             "evaluation": {name: dict(metrics) for name, metrics in self.evaluation.items()},
@@ -67,6 +75,7 @@ def read_story(folder: Path) -> Story:
     story = Story(str(folder))
     rounds: dict[tuple[int, str], Event] = {}
     for event in read_events(folder):
+        story.last = event.time
         if event.event == "joined":
             facts = {"adapter": event.adapter, "method": event.method, "precision": event.precision, "r": event.r}
             story.nodes.setdefault(event.node, {}).update(facts)

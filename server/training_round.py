@@ -1,7 +1,7 @@
 """One round of training: draw the cohort, send each node its start, hold what comes back, let in what may be, merge it."""
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from flwr.app import Message, MessageType
@@ -34,6 +34,7 @@ class Trained:
         refused: Reason by node name, of the quarantined ones.
         silent: Reason by node name, of the nodes of which nothing came that could be read.
         paused: Reason by node name, of the nodes that were not asked though they are connected.
+        dropped: Names of the nodes that were asked beyond the cohort and not waited for.
         norms: Size of each accepted change.
         bytes_sent, bytes_received: Of adapters, as packed on the wire; what was refused unread is no adapter.
         seconds: From the first message to the merged adapter.
@@ -45,6 +46,7 @@ class Trained:
     refused: dict[str, str] = field(default_factory=dict)
     silent: dict[str, str] = field(default_factory=dict)
     paused: dict[str, str] = field(default_factory=dict)
+    dropped: Sequence[str] = field(default_factory=list)
     norms: dict[str, float] = field(default_factory=dict)
     bytes_sent: int = 0
     bytes_received: int = 0
@@ -191,6 +193,7 @@ class TrainingRound:
         names = {node: one.member.name for node, one in own.items()}
         done.refused |= {names[node]: reason for node, reason in sorted(heard.refused.items()) if node in own}
         done.silent |= {names[node]: reason for node, reason in sorted(heard.silent.items()) if node in own}
+        done.dropped = sorted(names[node] for node in heard.dropped if node in own)
         admitted = {node: one for node, one in heard.results.items() if node in own}
         outliers = self._standing.outliers({node: one.change.norm for node, one in admitted.items()})
         outliers = self._standing.cancelling({node: one.change.apart for node, one in admitted.items()}) | outliers

@@ -1,6 +1,8 @@
 """Verbs that run whole federations in one process: ``fedge demo``, ``fedge simulate`` and, with one client, ``fedge train``."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,7 +36,8 @@ def demo(
     if data_only:
         typer.echo(json.dumps({"scenario": str(scenario)}) if as_json else f"wrote {scenario}")
         return
-    comparison = run(scenario, watch=_tell, say=_say)
+    with _told_how_to_go_on():
+        comparison = run(scenario, watch=_tell, say=_say)
     if as_json:
         typer.echo(json.dumps(_figures(comparison)))
     else:
@@ -58,13 +61,15 @@ def simulate(
     if scenario.partition:
         check(federation, nodes)
     if scenario.compare:
-        comparison = compare(federation, nodes, watch=_tell, say=_say)
+        with _told_how_to_go_on():
+            comparison = compare(federation, nodes, watch=_tell, say=_say)
         if as_json:
             typer.echo(json.dumps(_figures(comparison)))
         else:
             _show(comparison)
         return
-    outcome = federate(federation, nodes, watch=_tell)
+    with _told_how_to_go_on():
+        outcome = federate(federation, nodes, watch=_tell)
     places = {name: place_of(federation.output, name) for name in outcome.kept}
     if as_json:
         plans = {name: {"method": o.method, "precision": o.precision, "r": o.r} for name, o in outcome.offers.items()}
@@ -82,27 +87,50 @@ def train(
     config: Annotated[Path, typer.Argument(help="Job YAML: plan, data and output.")],
     as_json: Json = False,
 ) -> None:
-    """Fine-tunes on this machine: one client, one round, the same round code."""
+    """Fine-tunes on this machine: one client, one round, the same round code. What died goes on when it is given again."""
     import sys
 
     from protocol.configuration import load
+    from protocol.errors import UserError
     from protocol.plan import COMPRESSED
     from simulations.single import train_alone
+    from strategies import processes
     from strategies.job import Job
+    from strategies.training import follow
 
-    job = load(config, Job).beside(config)
-    record = train_alone(job, progress=sys.stderr.isatty() and not as_json)
+    if not processes.is_first():
+        follow()
+        return
+    try:
+        job = load(config, Job).beside(config)
+        with _told_how_to_go_on():
+            record = train_alone(job, progress=sys.stderr.isatty() and not as_json, say=_say)
+    except UserError:  # before anything was trained: the other processes wait for work
+        processes.hand_out(None)
+        raise
+    processes.hand_out(None)
     metrics, evaluation = next(iter(record.accepted.values())), next(iter(record.evaluation.values()), {})
+    last = job.jobs()[-1]
     made = {"adapter": str(job.output / "adapter")}
-    if job.method in COMPRESSED:
-        made["model"] = str(job.output / "model")
+    if last.method in COMPRESSED:
+        made["model"] = str(last.output / "model")
     if as_json:
-        typer.echo(json.dumps({**made, "training": metrics, "evaluation": evaluation}))
+        stages = {"stages": [str(stage.output) for stage in job.jobs()]} if job.stages else {}
+        typer.echo(json.dumps({**made, **stages, "training": metrics, "evaluation": evaluation}))
         return
     for name, value in {**metrics, **{f"held-out {name}": value for name, value in evaluation.items()}}.items():
         typer.echo(f"{name:>28}  {value:.6g}")
     for kind, place in made.items():
         typer.echo(f"{kind}: {place}")
+
+
+@contextmanager
+def _told_how_to_go_on() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        _say("stopped; the same command goes on after the last round, or anew where all were done")
+        raise typer.Exit(130) from None
 
 
 def _say(text: str) -> None:
@@ -111,12 +139,11 @@ def _say(text: str) -> None:
 
 def _tell(record: "RoundRecord") -> None:
     losses = [f"{name} {metrics['train-loss']:.3f}" for name, metrics in record.accepted.items() if "train-loss" in metrics]
-    of = f" of {record.adapter}" if record.adapter else ""
-    _say(f"round {record.round}{of}: {record.seconds:.1f} s, training loss {', '.join(losses)}")
+    _say(f"{record.title}: {record.seconds:.1f} s, training loss {', '.join(losses)}")
     if aside := record.merge.get("details", {}).get("set aside"):
-        _say(f"round {record.round}{of}: set aside {aside}")
+        _say(f"{record.title}: set aside {aside}")
     for name, reason in {**record.refused, **record.silent, **record.paused, **record.evaluation_refused}.items():
-        _say(f"round {record.round}{of}: without {name}: {reason}")
+        _say(f"{record.title}: without {name}: {reason}")
 
 
 def _figures(comparison: "Comparison") -> dict[str, Any]:

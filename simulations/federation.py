@@ -1,5 +1,7 @@
 """Federations in this process, and how they compare: base, own data only, federated, everything in one place."""
 
+import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from server.ledger import RoundRecord
 from server.rounds import Outcome, run
 from simulations.grid import InProcessGrid
 from strategies.base_model import find
+from strategies.data.ai_feedback import made
 from strategies.data.formats import Row
 from strategies.evaluation.measure import LEADING, measure
 from strategies.methods import registry
@@ -23,6 +26,7 @@ from strategies.narrowing import Narrowed
 from strategies.training import fit
 
 Say = Callable[[str], None]
+STATE = "node-state"
 
 
 @dataclass(frozen=True)
@@ -60,9 +64,12 @@ def check(federation: Federation, nodes: Sequence[Node]) -> None:
     plans = [plans[0] for plans in federation.schedules().values()]
     for plan in plans:
         registry.shape(find(plan.base_model), plan)
-    problems = []
-    if 0 < len(nodes) < federation.rounds.minimum_nodes:
-        problems.append(f"{len(nodes)} listed, rounds.minimum_nodes is {federation.rounds.minimum_nodes}; nobody else can come")
+    fewest = federation.rounds.minimum_nodes
+    problems = [
+        f"{count} listed{f' for adapter {adapter}' if adapter else ''}, rounds.minimum_nodes is {fewest}; nobody else can come"
+        for adapter, count in Counter(node.adapter for node in nodes).items()
+        if count < fewest
+    ]
     call = Call(federation=federation.name, round=0, rounds=1, plan=plans[0], adapters=dict(federation.adapters))
     for node in nodes:
         try:
@@ -80,14 +87,26 @@ def federate(
 ) -> Outcome:
     """Runs a federation over nodes in this process: the same ClientApp and the same rounds as on a SuperLink.
 
+    A node that names no ``state`` remembers in ``OUTPUT/node-state``, so that a run that died goes on to the same bit; one that
+    begins anew finds nothing there.
+
     Raises:
         FederationError: Too few nodes could take part.
     """
+    memory = federation.output.resolve() / STATE
+
+    def forget() -> None:
+        if memory.exists():
+            shutil.rmtree(memory)
+
     configs = [
         {key.replace("_", "-"): str(value) if isinstance(value, Path) else value for key, value in own.items()}
-        for own in ({"trial": False, **node.model_dump(exclude_none=True)} for node in nodes)
+        for own in (
+            {"trial": False, "state": memory / f"{number:04d}", **node.model_dump(exclude_none=True)}
+            for number, node in enumerate(nodes, 1)
+        )
     ]
-    return run(InProcessGrid(app, configs), federation, watch)
+    return run(InProcessGrid(app, configs), federation, watch, forget)
 
 
 def compare(
@@ -111,11 +130,14 @@ def compare(
     plan, base = federation.plan, find(federation.plan.base_model)
     metric = metric or LEADING[plan.objective]
     selections = {node.name: choose(plan, node) for node in nodes}
-    held_out = {node.name: held_out_rows(plan, node) for node in nodes}
+    held_out = {node.name: made(held_out_rows(plan, node), plan, base, Adapter(), training=False).rows for node in nodes}
     rows = {node.name: training_rows(plan, node) for node in nodes}
 
     def on_each(adapter: Adapter | None) -> dict[str, float]:
         return {name: measure(plan, base, part, adapter)[metric] for name, part in held_out.items()}
+
+    def alone(plan: Plan, rows: Sequence[Row]) -> dict[str, float]:
+        return on_each(fit(plan, base, made(rows, plan, base, Adapter(), training=True).rows).adapter)
 
     say("base model, as it is")
     before = on_each(None)
@@ -126,11 +148,11 @@ def compare(
     for node in nodes:
         say(f"{node.name}: own data only")
         own = _alone(selections[node.name].chosen, federation.rounds.count, 1, alone_learning_rate)
-        local_on[node.name] = on_each(fit(own, base, rows[node.name]).adapter)
+        local_on[node.name] = alone(own, rows[node.name])
     say("centralised: all rows in one place")
     pooled: list[Row] = [row for name in rows for row in rows[name]]
     together = _alone(plan, federation.rounds.count, len(nodes), alone_learning_rate)
-    central = on_each(fit(together, base, pooled).adapter)
+    central = alone(together, pooled)
     return Comparison(
         metric=metric,
         base=before,

@@ -1,16 +1,17 @@
 """A whole federation in one YAML file: what the coordinator publishes, and the nodes or how to make them from one file."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
+from client.allowed import everything
 from client.node import Node, beside
 from protocol.configuration import load
 from protocol.errors import ConfigurationError
-from protocol.federation import Federation
+from protocol.federation import Federation, without_plan
 from protocol.files import write_whole
 from protocol.strict import Name, Strict
 from simulations import partition
@@ -35,10 +36,9 @@ class Partition(Strict):
 
     @model_validator(mode="after")
     def _needs(self) -> "Partition":
-        if self.kind in ("column", "dirichlet") and not self.column:
-            raise ValueError(f"a partition of kind {self.kind} needs column")
-        if self.kind != "column" and not self.nodes:
-            raise ValueError(f"a partition of kind {self.kind} needs nodes")
+        needed = {"column": self.kind in ("column", "dirichlet"), "nodes": self.kind != "column"}
+        if missing := [key for key, needs in needed.items() if needs and not getattr(self, key)]:
+            raise ValueError("\n".join(f"a partition of kind {self.kind} needs {key}" for key in missing))
         return self
 
 
@@ -51,12 +51,19 @@ class Scenario(Strict):
     compare: bool = Field(False, description="also measure base, local-only and centralised training")
 
     @model_validator(mode="after")
-    def _one_source_of_nodes(self) -> "Scenario":
-        if bool(self.nodes) == bool(self.partition):
-            raise ValueError("give either nodes or partition, one of them")
-        if len({node.name for node in self.nodes}) != len(self.nodes):
-            raise ValueError("nodes: two nodes have the same name; give each its own")
+    def _without_conflicts(self) -> "Scenario":
+        if problems := list(self._conflicts()):
+            raise ValueError("\n".join(problems))
         return self
+
+    def _conflicts(self) -> Iterator[str]:
+        if bool(self.nodes) == bool(self.partition):
+            yield "give either nodes or partition, one of them"
+        if len({node.name for node in self.nodes}) != len(self.nodes):
+            yield "nodes: two nodes have the same name; give each its own"
+        yield from (f"federation.{problem}" for problem in without_plan(self.federation))
+        if self.compare and (self.federation.stages or self.federation.adapters):
+            yield "compare: found beside stages or adapters, and it compares the training of one plan; leave it out"
 
 
 def read_scenario(path: Path) -> Scenario:
@@ -85,7 +92,7 @@ def nodes_of(scenario: Scenario) -> tuple[Node, ...]:
     nodes = []
     # Whoever wrote the scenario asks their own machine.
     plans = [plan for plans in scenario.federation.schedules().values() for plan in plans]
-    functions = sorted({name for plan in plans for name in plan.rl.reward_functions})
+    allowed = everything(plans)
     parts = _parts(made, rows)
     if unfit := [name for name in parts if not name.strip() or len(name) > _LONGEST_NAME]:
         what = f"{len(unfit)} of {len(parts)} values are blank or longer than {_LONGEST_NAME} characters; each names a node"
@@ -105,7 +112,7 @@ def nodes_of(scenario: Scenario) -> tuple[Node, ...]:
                 evaluate=evaluate if own else None,
                 tier=made.tiers[number % len(made.tiers)],
                 max_rank=made.max_ranks[number % len(made.max_ranks)] if made.max_ranks else None,
-                reward_functions=",".join(functions) or None,
+                **allowed,
             )
         )
     return tuple(nodes)

@@ -141,6 +141,8 @@ def federation(output, seed, **changes):
     }
     for part, values in changes.items():
         content[part] = {**content.get(part, {}), **values} if isinstance(values, dict) else values
+    if "adapters" in changes:
+        del content["plan"]
     return Federation.model_validate(content)
 
 

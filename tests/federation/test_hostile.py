@@ -242,7 +242,7 @@ def test_a_message_that_is_late_for_its_round_is_not_taken_for_the_next(without,
 
     outcome = after_two_rounds(late, tmp_path, **ALL_BUT_ONE)
     assert len(kept) == 2
-    assert all(list(record.silent) == [f"node-{LIAR}"] for record in outcome.rounds)
+    assert all(record.dropped == [f"node-{LIAR}"] for record in outcome.rounds)
     assert outcome.adapter.digest() == without
 
 

@@ -168,10 +168,37 @@ def test_a_run_that_ended_begins_anew_and_keeps_the_old_one_aside(tmp_path):
     assert (tmp_path / "run" / "before-1" / "rounds" / "0006").is_dir()
 
 
-def test_another_federation_in_the_same_folder_does_not_go_on_with_its_rounds(tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"aggregation": {"rank_cap": 5}}, r"other values of aggregation\.rank_cap\)"),
+        ({"rounds": {"count": 9}, "plan": {"lora": {"r": 4}}}, r"other values of plan\.lora\.r, rounds\.count\)"),
+    ],
+)
+def test_another_federation_does_not_touch_the_rounds_of_one_that_has_not_ended_and_says_what_differs(tmp_path, changes, named):
     died_after(tmp_path / "run", 3)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(FederationError, match=named):
+        run(Scripted(make_app(), 5, edit=pytest.fail), federation(tmp_path / "run", 0, **changes))
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_another_federation_begins_where_one_has_ended_and_says_where_its_rounds_are(tmp_path, caplog):
+    uninterrupted(tmp_path / "run", 0)
     other = uninterrupted(tmp_path / "run", 0, aggregation={"rank_cap": 5})
     assert [record.round for record in other.rounds] == [1, 2, 3, 4, 5, 6]
+    assert f"the rounds of the run before are now in {tmp_path / 'run' / 'before-1'}" in caplog.text
+
+
+@pytest.mark.parametrize(("rule", "fewest"), [("agreement", 4), ("krum", 5), ("trimmed-mean", 4)])
+def test_a_rule_that_sets_nobody_aside_of_so_few_says_so(tmp_path, caplog, rule, fewest):
+    """Oracle: a third of the others, floor((n - 1) / 3), is none of three; krum needs 2f + 3 of f = 1 besides."""
+    changes = {"aggregation": {"rule": rule, "server_momentum": 0}, "plan": {"lora": {"r": 8}}}
+    for cohort in (fewest - 1, fewest):
+        caplog.clear()
+        rounds = {"count": 1, "cohort": cohort, "over_selection": 0}
+        uninterrupted(tmp_path / str(cohort), 0, rounds=rounds, **changes)
+        assert ("sets nobody aside" in caplog.text) == (cohort < fewest)
 
 
 def test_a_longer_patience_or_another_budget_is_still_the_same_federation(tmp_path):
@@ -243,7 +270,7 @@ def test_a_run_stops_at_its_budget_or_target_and_says_why(tmp_path, stop, reason
 
 def test_a_target_of_accuracy_is_reached_from_below_and_one_that_nobody_measures_never(tmp_path):
     assert len(uninterrupted(tmp_path / "a", 0, stop={"metric": "accuracy", "target": 0.0}).rounds) == 6
-    assert len(uninterrupted(tmp_path / "b", 0, stop={"metric": "loss", "target": -1.0}).rounds) == 6
+    assert len(uninterrupted(tmp_path / "b", 0, stop={"metric": "loss", "target": 0.0}).rounds) == 6
 
 
 def telling(told):

@@ -20,7 +20,7 @@ from protocol.federation import Federation
 from protocol.files import base_model_of, read_adapter
 from protocol.manifest import Manifest
 from protocol.plan import Plan
-from server.ledger import Checkpoint, Found, Kept, Ledger, RoundRecord, export, place_of, resumable
+from server.ledger import Checkpoint, Found, Kept, Ledger, RoundRecord, export, place_of, resumable, write_resume
 
 BASE = "ab" * 32
 PLAN = Plan(base_model="some/base", objective="classification")
@@ -230,7 +230,7 @@ def test_a_run_that_ended_or_was_another_is_not_gone_on_with(tmp_path, end):
         made.end(3, "every round is done")
     else:
         made = Ledger(tmp_path / "run", identity="another")
-    assert made.newest() == Found()
+    assert made.newest() == Found(another=0 if end == "ended" else 3)
 
 
 @pytest.mark.parametrize(
@@ -406,15 +406,28 @@ def test_an_exported_adapter_is_the_rounds_own(tmp_path):
         assert read_adapter(target, base_digest=BASE)[0].digest() == adapter(wanted).digest()
 
 
+def test_an_exported_adapter_tells_nothing_of_the_institutions_unless_it_is_asked_to(tmp_path):
+    begun(tmp_path)
+    export(tmp_path / "run", tmp_path / "released")
+    export(tmp_path / "run", tmp_path / "told", figures=True)
+    assert {path.name for path in (tmp_path / "told").iterdir()} - {
+        path.name for path in (tmp_path / "released").iterdir()
+    } == {"round.json"}
+    assert not any("bank" in path.read_bytes().decode(errors="replace") for path in (tmp_path / "released").iterdir())
+
+
 def test_what_cannot_be_exported_is_refused_with_what_there_is(tmp_path):
     begun(tmp_path, names=("legal", "medical"))
     with pytest.raises(AdapterError, match="expected one of legal, medical"):
         export(tmp_path / "run", tmp_path / "new")
-    with pytest.raises(AdapterError, match="no round 7 is kept"):
+    with pytest.raises(AdapterError, match="no round 7 is kept here; there are 1 to 3"):
         export(tmp_path / "run", tmp_path / "new", "legal", 7)
     (tmp_path / "there").mkdir()
     with pytest.raises(AdapterError, match="is there already"):
         export(tmp_path / "run", tmp_path / "there", "legal")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(AdapterError, match=r"cannot be written \(.*\); name another folder"):
+        export(tmp_path / "run", tmp_path / "file" / "below", "legal")
     (tmp_path / "run" / "rounds" / "0003" / "state.json").write_text("{}")
     with pytest.raises(AdapterError, match=r"damaged \(state.json is not what was written\); export an earlier round"):
         export(tmp_path / "run", tmp_path / "new", "legal")
@@ -424,23 +437,23 @@ def test_what_cannot_be_exported_is_refused_with_what_there_is(tmp_path):
 def test_a_federation_that_died_can_be_gone_on_with_from_a_file_of_its_own(tmp_path):
     """The file is the same federation: what begins with it goes on with the rounds of this folder."""
     begun(tmp_path)
-    number, file, damaged = resumable(tmp_path / "run")
+    number, federation, damaged = resumable(tmp_path / "run")
     assert (number, damaged) == (3, [])
-    found = load(file, Federation)
+    found = load(write_resume(tmp_path / "run", federation), Federation)
     assert (found.identity(), found.output) == (FEDERATION.identity(), tmp_path / "run")
 
 
-def test_asking_where_a_run_goes_on_changes_nothing_but_its_own_file(tmp_path):
+def test_asking_where_a_run_goes_on_changes_nothing(tmp_path):
     """The coordinator of that folder may be running."""
     begun(tmp_path)
     run = tmp_path / "run"
     (run / "rounds" / "0003" / "state.json").write_text("{}")
     (run / "rounds" / ".0004-x").mkdir()
     before = every_file(tmp_path)
-    number, file, (told,) = resumable(run)
+    number, _, (told,) = resumable(run)
     assert number == 2
     assert told == "round 3 is damaged (state.json is not what was written)"
-    assert every_file(tmp_path) == sorted([*before, str(file.relative_to(tmp_path))])
+    assert every_file(tmp_path) == before
     assert (run / "rounds" / ".0004-x").is_dir()
 
 

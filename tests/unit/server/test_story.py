@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -145,7 +145,7 @@ def test_bytes_that_are_no_event_are_told_with_their_line_and_nothing_of_them_re
         max_size=2,
     )
 )
-@settings(max_examples=60)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 def test_whatever_a_line_says_the_story_is_told_or_the_line_is_refused(facts):
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "events.jsonl").write_text(json.dumps(ROUND | facts) + "\n")

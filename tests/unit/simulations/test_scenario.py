@@ -11,7 +11,7 @@ from simulations.scenario import nodes_of, read_scenario
 
 def write(folder, **content):
     path = folder / "scenario.yaml"
-    content.setdefault("federation", {"output": str(folder / "runs")})
+    content.setdefault("federation", {"plan": {}, "output": str(folder / "runs")})
     path.write_text(yaml.safe_dump(content, allow_unicode=True), encoding="utf-8")
     return path
 
