@@ -1,17 +1,28 @@
 """What an institution says about its own node: where its data lies, what hardware tier it is, its limits."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated, Any
 
 from flwr.app import Context
-from pydantic import Field, PositiveInt
+from pydantic import BeforeValidator, Field, PositiveInt, field_serializer, model_validator
 
-from protocol.configuration import parse, read_yaml
+from protocol.configuration import load, parse, read_yaml, value_of
+from protocol.data_settings import DataPolicy, located
 from protocol.errors import ConfigurationError
+from protocol.mixture_settings import TaskFiles, TaskName
+from protocol.plan import Plan
 from protocol.strict import Name, Strict
 from strategies.hardware import Hardware, override, probe
 from strategies.narrowing import TierName
 
-_PATHS = ("train", "evaluate", "state", "folder", "whole_model")
+_PATHS = ("data_policy", "state", "folder", "whole_model")
+_ROWS = ("train", "evaluate", "replay", "probe")
+
+
+def _mapping(given: Any) -> Any:
+    return value_of(given) if isinstance(given, str) else given
 
 
 class Node(Strict):
@@ -19,8 +30,16 @@ class Node(Strict):
 
     name: Name = Field("node", max_length=80, description="what reports call this node")
     adapter: Name | None = Field(None, description="which of the federation's adapters it trains, where there are several")
-    train: Path = Field(description="its training rows")
+    train: Path | None = Field(None, description="its training rows")
     evaluate: Path | None = Field(None, description="held-out rows; without it a share of the training rows is held out")
+    tasks: Annotated[dict[TaskName, TaskFiles], BeforeValidator(_mapping)] = Field(
+        {}, description="several tasks, each with its own rows, in place of train: {name: file} as YAML writes it"
+    )
+    replay: Path | None = Field(None, description="general rows that train beside its own, as many as the plan says")
+    probe: Path | None = Field(None, description="general rows on which the plan's forgetting is measured; they never train")
+    data_policy: Path | None = Field(
+        None, description="YAML with cleaning, masking and augmentation that this institution does whatever a plan says"
+    )
     tier: TierName = Field("large", description="class of its hardware")
     max_rank: PositiveInt | None = Field(None, description="the institution's own limit on the rank")
     profile: Name | None = Field(None, description="a named machine to choose for, in place of this one: simulations")
@@ -29,12 +48,52 @@ class Node(Strict):
     reward_functions: Name | None = Field(
         None, description="functions of this machine that a plan may call for rewards: module:function, with commas between"
     )
+    models: Name | None = Field(
+        None, description="models beside the base that a plan may use (teachers, writers, judges): names, folders of adapters"
+    )
+    endpoints: Name | None = Field(
+        None, description="addresses that a plan may send prompts to, each with the variable of its key after a space, if any"
+    )
+    files: Name | None = Field(
+        None, description="files that a plan may name for its treatment of rows (names, synonyms), with commas between"
+    )
     state: Path | None = Field(None, description="folder for what it remembers from round to round and never sends")
     folder: Path | None = Field(None, description="keeps checkpoints and TensorBoard logs of each round")
     whole_model: Path | None = Field(
         None, description="folder for the whole model that full fine-tuning or freezing made in its last round"
     )
     progress: bool = Field(False, description="show progress bars")
+
+    @model_validator(mode="after")
+    def _rows_are_named(self) -> "Node":
+        if not self.train and not self.tasks:
+            raise ValueError("train is missing; name the file with the training rows, or tasks")
+        if self.tasks and (self.train or self.evaluate):
+            raise ValueError("tasks stand in place of train and evaluate; leave one or the other out")
+        return self
+
+    @field_serializer("tasks")
+    def _flat(self, tasks: dict[str, TaskFiles]) -> str:
+        """Flower's settings of a node are numbers and texts."""
+        return json.dumps({name: {key: str(path) for key, path in files.files()} for name, files in tasks.items()})
+
+    def sources(self) -> Mapping[str, TaskFiles]:
+        """The files of every task; without tasks its own, under an empty name."""
+        return self.tasks or ({"": TaskFiles(train=self.train, evaluate=self.evaluate)} if self.train else {})
+
+    def treating(self, plan: Plan) -> Plan:
+        """The plan with this institution's own treatment of rows added: it may do more than the plan says, never less.
+
+        Raises:
+            ConfigurationError: Every problem of the policy's file, or what plan and policy do not agree on.
+        """
+        if self.data_policy is None:
+            return plan
+        policy = load(self.data_policy, DataPolicy).beside(self.data_policy.resolve().parent)
+        try:
+            return plan.model_copy(update={"data": policy.added_to(plan.data)})
+        except ValueError as error:
+            raise ConfigurationError(str(self.data_policy), [str(error)]) from None
 
     @property
     def described(self) -> bool:
@@ -87,6 +146,11 @@ def read_nodes(path: Path) -> tuple[Node, ...]:
 def beside(path: Path, nodes: tuple[Node, ...]) -> tuple[Node, ...]:
     """The nodes with relative paths taken from the folder of the file that names them."""
     folder = path.resolve().parent
-    return tuple(
-        node.model_copy(update={name: folder / value for name in _PATHS if (value := getattr(node, name))}) for node in nodes
-    )
+
+    def placed(node: Node) -> Node:
+        own = {name: folder / value for name in _PATHS if (value := getattr(node, name))}
+        rows: dict[str, Any] = {name: located(folder, value) for name in _ROWS if (value := getattr(node, name))}
+        rows["tasks"] = {name: files.placed(lambda path: located(folder, path)) for name, files in node.tasks.items()}
+        return node.model_copy(update=own | rows)
+
+    return tuple(map(placed, nodes))

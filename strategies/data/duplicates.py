@@ -47,26 +47,77 @@ def near_duplicates(texts: Sequence[str], threshold: float = THRESHOLD) -> dict[
     plain = [normalised(text) for text in texts]
     found: dict[int, int] = {}
     first: dict[str, int] = {}
-    kept = list[int]()  # place in ``texts`` of each row of ``signatures``
-    signatures = np.empty((len(plain), _BANDS * _PLACES), np.uint32)
-    buckets: dict[tuple[int, bytes], list[int]] = defaultdict(list)
+    index = _Index(len(plain))
     for at, text in enumerate(plain):
         if first.setdefault(text, at) != at:
             found[at] = found.get(first[text], first[text])
             continue
         signature = _signature(_sequences(text))
-        keys = [(band, part.tobytes()) for band, part in enumerate(signature.reshape(_BANDS, _PLACES))]
-        rows = sorted({row for key in keys for row in buckets.get(key, ())})
-        likely = (signatures[rows] == signature).mean(axis=1) > threshold - 0.2
-        alike = (kept[row] for row, is_likely in zip(rows, likely, strict=True) if is_likely)
-        if (earlier := next((one for one in alike if similarity(text, plain[one]) >= threshold), None)) is not None:
+        alike = (one for one in index.likely(signature, threshold) if similarity(text, plain[one]) >= threshold)
+        if (earlier := next(alike, None)) is not None:
             found[at] = earlier
-            continue
-        signatures[len(kept)] = signature
-        for key in keys:
-            buckets[key].append(len(kept))
-        kept.append(at)
+        else:
+            index.add(at, signature)
     return found
+
+
+def near_groups(texts: Sequence[str], threshold: float = THRESHOLD) -> list[int]:
+    """The group of each text, named by the place of its first: texts of two groups are not near duplicates.
+
+    Two of one group need not be alike themselves: a chain of near duplicates may lie between them.
+
+    Args:
+        texts: In order.
+        threshold: Of the Jaccard similarity.
+    """
+    plain = [normalised(text) for text in texts]
+    parent = list(range(len(plain)))
+    first: dict[str, int] = {}
+    index = _Index(len(plain))
+
+    def root(at: int) -> int:
+        while parent[at] != at:
+            parent[at] = at = parent[parent[at]]
+        return at
+
+    for at, text in enumerate(plain):
+        if first.setdefault(text, at) != at:
+            parent[at] = root(first[text])
+            continue
+        signature = _signature(_sequences(text))
+        for other in index.likely(signature, threshold):
+            one, two = sorted((root(at), root(other)))
+            if one != two and similarity(text, plain[other]) >= threshold:
+                parent[two] = one
+        index.add(at, signature)
+    return [root(at) for at in range(len(plain))]
+
+
+class _Index:
+    """Signatures by band: finds the texts that are worth comparing."""
+
+    def __init__(self, most: int) -> None:
+        self._places = list[int]()  # of each row of the signatures
+        self._signatures = np.empty((most, _BANDS * _PLACES), np.uint32)
+        self._buckets: dict[tuple[int, bytes], list[int]] = defaultdict(list)
+
+    def likely(self, signature: NDArray[np.uint32], threshold: float) -> list[int]:
+        """Places of texts that agree in a band and nearly enough in all places, in order."""
+        rows = sorted({row for key in _keys(signature) for row in self._buckets.get(key, ())})
+        near = (self._signatures[rows] == signature).mean(axis=1) > threshold - 0.2
+        return [self._places[row] for row, is_near in zip(rows, near, strict=True) if is_near]
+
+    def add(self, at: int, signature: NDArray[np.uint32]) -> None:
+        """Remembers the text at a place."""
+        row = len(self._places)
+        self._signatures[row] = signature
+        self._places.append(at)
+        for key in _keys(signature):
+            self._buckets[key].append(row)
+
+
+def _keys(signature: NDArray[np.uint32]) -> list[tuple[int, bytes]]:
+    return [(band, part.tobytes()) for band, part in enumerate(signature.reshape(_BANDS, _PLACES))]
 
 
 def similarity(one: str, other: str) -> float:

@@ -31,7 +31,8 @@ class Encoded:
     Attributes:
         rows: By objective:
 
-            - sft: ``input_ids`` and ``labels``, one per token, -100 where there is no loss.
+            - sft, distillation: ``input_ids`` and ``labels``, one per token, -100 where there is no loss; of a text beside them
+              there is loss on all of it.
             - pretraining: the same with loss everywhere: blocks of ``max_length`` tokens, cut from all texts in one line.
             - classification, regression: ``input_ids`` and ``labels``, one int or float.
             - dpo: ``prompt_ids``, ``chosen_ids``, ``rejected_ids``.
@@ -102,6 +103,12 @@ def answered_ids(
     return _render([*prompt, {"role": role, "content": answer}], tokenizer, tools)
 
 
+def text_ids(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Token ids of a text that ends with the end-of-text token."""
+    end = tokenizer.eos_token or ""
+    return list(tokenizer(text if text.endswith(end) else text + end, verbose=False)["input_ids"])
+
+
 def _encoded(row: Row, tokenizer: "PreTrainedTokenizerBase", max_length: int, objective: Objective) -> _One:
     match row:
         case Conversation():
@@ -120,8 +127,11 @@ def _encoded(row: Row, tokenizer: "PreTrainedTokenizerBase", max_length: int, ob
         case Prompt(prompt):
             ids = prompt_ids(prompt, tokenizer)
             return _One({"prompt": list(prompt), "prompt_ids": ids} if len(ids) <= max_length else None, len(ids) > max_length)
-        case PlainText():
-            raise TypeError("texts are packed together, not one by one")
+        case PlainText(text):
+            ids = text_ids(text, tokenizer)
+            return _One(
+                {"input_ids": ids[:max_length], "labels": ids[:max_length]} if len(ids) > 1 else None, len(ids) > max_length
+            )
 
 
 def _conversation(row: Conversation, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> _One:
@@ -167,11 +177,9 @@ def _pair_for_a_reader(row: Preference, tokenizer: "PreTrainedTokenizerBase", ma
 
 def _packed(rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Iterable[_One]:
     """Blocks of one endless line, each text closed by the end-of-text token; what is left at the end is a short block."""
-    end = tokenizer.eos_token or ""
     line: list[int] = []
     for row in rows:
-        text = row.text if isinstance(row, PlainText) else ""
-        line += tokenizer(text if text.endswith(end) else text + end, verbose=False)["input_ids"]
+        line += text_ids(row.text if isinstance(row, PlainText) else "", tokenizer)
     for at in range(0, len(line), max_length):
         block = line[at : at + max_length]
         yield _One({"input_ids": block, "labels": block} if len(block) > 1 else None, cut=False)

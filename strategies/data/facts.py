@@ -10,14 +10,16 @@ That the base's own text is the measure makes small and large bases comparable. 
 """
 
 import math
+import re
 import statistics
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from heapq import nlargest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -25,20 +27,32 @@ from protocol.errors import DataError
 from protocol.plan import Plan
 from strategies.base_model import Base, load, load_tokenizer
 from strategies.data.duplicates import exact_duplicates, near_duplicates
-from strategies.data.encode import answered_ids
+from strategies.data.encode import answered_ids, prompt_ids, text_ids
 from strategies.data.files import Raw, read
+from strategies.data.formats import sharegpt
+from strategies.task import Shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 T = TypeVar("T")
-Shape = Literal["answers", "pairs", "single", "labels", "numbers", "texts", "prompts"]
+SHAPES: Mapping[Shape, str] = {
+    "answers": "a question with its answer",
+    "pairs": "a prompt with two answers",
+    "single": "a prompt with an answer that was liked or not",
+    "prompts": "something to answer",
+    "labels": "a text with a label",
+    "numbers": "a text with a number",
+    "texts": "a text alone",
+}
 # Today's tokenizers need 4 to 5 bytes of English for a token and 2 to 4 of Chinese: lengths come out rather too long.
 _BYTES_A_TOKEN = 3
 _MEASURED_ROWS = 5_000  # lengths and scripts, spread over the file
+_LONGEST_ROWS = 50  # of the most characters: one of them has the most tokens
 _COMPARED_ROWS = 20_000  # near duplicates, from the beginning
 _READ_ROWS, _READ_TOKENS = 64, 256  # by the base
 _OWN_TEXTS, _OWN_TOKENS = 8, 128
+_HALF = re.compile("[\ud800-\udfff]")
 _SPOKEN = ("assistant", "tool_call", "function_call")
 Message = Mapping[str, str]
 
@@ -69,7 +83,7 @@ class TaskFacts:
         counted: A tokenizer counted; else every 3 bytes are taken for a token, which is rather too many.
         exact_duplicates: Rows that repeat an earlier one.
         near_duplicates: Rows that nearly repeat an earlier one, exact repetitions included; of ``compared`` rows.
-        compared: The first 20 000, or all.
+        compared: Rows from the beginning that were held against each other.
         scripts: Share of the letters by script (``LATIN``, ``CJK``, ``CYRILLIC``), from 1 % on. Languages that share a script
             are not told apart.
         pairs: Rows with a chosen and a rejected answer.
@@ -107,14 +121,16 @@ class TaskFacts:
         certain = {"labels": "classification", "numbers": "regression", "texts": "pretraining"}
         said = certain.get(self.shape)
         found: dict[str, Any] = {
+            "shape": self.shape,
             "rows": self.rows,
             "input_tokens": self.row_tokens.high,
+            "median_tokens": self.row_tokens.median,
             "longest_tokens": self.row_tokens.longest,
             "output_tokens": self.answer_tokens.high if self.answer_tokens else 0,
         }
         if kind is None and said:
             found["kind"] = said
-        if (kind or said) == "classification" and self.classes and self.classes > 1:
+        if (kind or said) == "classification" and self.classes:
             found["classes"] = self.classes
         if (kind or said) not in certain.values():
             found["preference_pairs"] = self.pairs
@@ -123,6 +139,26 @@ class TaskFacts:
         if self.similarity is not None:
             found["similarity"] = self.similarity
         return found
+
+    def against(self, kind: str, classes: int | None = None) -> list[str]:
+        """Why these rows are not for a task of a kind that was given, or with so many labels; empty where they are.
+
+        Args:
+            kind: Of the task.
+            classes: Labels, where their number was given too.
+        """
+        answering = tuple(shape for shape in SHAPES if shape not in ("labels", "numbers", "texts"))
+        shapes: Mapping[str, tuple[Shape, ...]] = {
+            "classification": ("labels", "numbers"),
+            "regression": ("labels", "numbers"),
+            "pretraining": ("texts",),
+        }
+        fit = shapes.get(kind, answering)
+        if self.shape not in fit:
+            return [f"kind {kind}: most rows are {SHAPES[self.shape]}; expected {' or '.join(SHAPES[one] for one in fit)}"]
+        if classes is not None and self.classes is not None and classes < self.classes:
+            return [f"classes is {classes}; the rows have {self.classes} labels"]
+        return []
 
 
 @dataclass(frozen=True)
@@ -134,6 +170,7 @@ class _Row:
     answers: tuple[str, ...]
     label: Any = None
     longer: str = ""  # all of it that is one text
+    tools: Any = None
 
     @property
     def text(self) -> str:
@@ -141,7 +178,11 @@ class _Row:
 
 
 def facts(
-    source: Path | Sequence[Raw], *, tokenizer: "PreTrainedTokenizerBase | None" = None, base: Base | None = None
+    source: Path | Sequence[Raw],
+    *,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    base: Base | None = None,
+    compared: int = _COMPARED_ROWS,
 ) -> TaskFacts:
     """Measures rows.
 
@@ -149,6 +190,8 @@ def facts(
         source: A file (``strategies.data.files``), or rows as they stand in one.
         tokenizer: Counts tokens.
         base: Counts tokens too, and says how near the rows are to it: the model is loaded.
+        compared: So many rows from the beginning are held against each other for near duplicates. Where rows share much of
+            their text and are none (a long prompt before each), that is nearly all pairs, and takes its time.
 
     Raises:
         DataError: The file cannot be read, or no row of it can be used.
@@ -161,6 +204,11 @@ def facts(
             f"{source if isinstance(source, Path) else 'rows'}: none of {len(raw)} has the fields of a known shape; expected "
             "input_text and target_text, instruction and output, messages, text, or prompt with chosen and rejected"
         )
+    if halves := sum(any(map(_HALF.search, (row.text, *row.answers))) for row in rows):
+        raise DataError(
+            f"{source if isinstance(source, Path) else 'rows'}: {halves} of {len(raw)} hold half of a surrogate pair "
+            "(\\ud800 to \\udfff), which is no character and which no tokenizer takes; expected whole ones"
+        )
     tokenizer = tokenizer or (load_tokenizer(base) if base else None)
     shape = Counter(row.shape for row in rows).most_common(1)[0][0]
     labels = Counter(_name(row.label) for row in rows if row.shape == "labels")
@@ -169,7 +217,9 @@ def facts(
     texts = [row.text for row in rows]
     sample = _spread(rows, _MEASURED_ROWS)
     count = _counter(tokenizer)
-    answers = [max(count((), answer) for answer in row.answers) for row in sample if row.answers and row.shape != "texts"]
+    longest = nlargest(_LONGEST_ROWS, rows, key=lambda row: len(row.text))
+    alone = _Row("answers", (), ())
+    answers = [max(count(alone, answer) for answer in row.answers) for row in sample if row.answers]
     liked = [_name(row.label).lower() in ("true", "1") for row in rows if row.shape == "single"]
     pairs = sum(row.shape == "pairs" for row in rows)
     perplexity, similarity = _nearness(base, _spread(texts, _READ_ROWS)) if base else (None, None)
@@ -180,12 +230,12 @@ def facts(
         classes=len(labels) or None,
         balance=_evenness(list(labels.values())) if labels else None,
         rarest=min(labels.values()) if labels else None,
-        row_tokens=_lengths([count(row.before, row.longer) for row in sample]),
+        row_tokens=_lengths([_whole(row, count) for row in sample], max(_whole(row, count) for row in longest)),
         answer_tokens=_lengths(answers) if answers else None,
         counted=tokenizer is not None,
         exact_duplicates=len(exact_duplicates(texts)),
-        near_duplicates=len(near_duplicates(texts[:_COMPARED_ROWS])),
-        compared=min(len(texts), _COMPARED_ROWS),
+        near_duplicates=len(near_duplicates(texts[:compared])),
+        compared=min(len(texts), compared),
         scripts=scripts(row.text for row in sample),
         pairs=pairs,
         preference_share=pairs / len(rows),
@@ -206,8 +256,8 @@ def scripts(texts: Iterable[str]) -> dict[str, float]:
 
 def _understood(raw: Raw) -> _Row | None:
     """A row of one of the shapes of ``strategies.data.formats``; None where it has none."""
-    if "messages" in raw:
-        return _conversation(_messages(raw["messages"]))
+    if "messages" in raw or "conversations" in raw:
+        return _conversation(_messages(raw["messages"] if "messages" in raw else sharegpt(raw)), raw.get("tools"))
     for question, answer in (("input_text", "target_text"), ("instruction", "output")):
         if _is_text(raw.get(question)) and _is_text(raw.get(answer)):
             more = f"\n{raw['input']}" if question == "instruction" and _is_text(raw.get("input")) else ""
@@ -224,9 +274,9 @@ def _understood(raw: Raw) -> _Row | None:
     return None
 
 
-def _conversation(messages: tuple[Message, ...]) -> _Row | None:
+def _conversation(messages: tuple[Message, ...], tools: Any) -> _Row | None:
     spoken = tuple(message["content"] for at, message in enumerate(messages) if at and message["role"] in _SPOKEN)
-    return _Row("answers", messages[:-1], spoken, longer=messages[-1]["content"]) if spoken else None
+    return _Row("answers", messages[:-1], spoken, longer=messages[-1]["content"], tools=tools) if spoken else None
 
 
 def _messages(value: Any) -> tuple[Message, ...]:
@@ -277,22 +327,30 @@ def _spread(rows: Sequence[T], most: int) -> Sequence[T]:
     return [rows[at * len(rows) // most] for at in range(most)]
 
 
-def _lengths(tokens: Sequence[int]) -> Lengths:
+def _whole(row: _Row, count: Callable[[_Row, str], int]) -> int:
+    """Tokens of a row as it trains; of two answers, with the one that has more."""
+    return max(count(row, answer) for answer in (row.answers if row.shape == "pairs" else (row.longer,)))
+
+
+def _lengths(tokens: Sequence[int], longest: int = 0) -> Lengths:
     middle, high = np.percentile(tokens, [50, 95], method="inverted_cdf")
-    return Lengths(int(middle), int(high), max(tokens))
+    return Lengths(int(middle), int(high), max([longest, *tokens]))
 
 
-def _counter(tokenizer: "PreTrainedTokenizerBase | None") -> Callable[[Sequence[Message], str], int]:
-    """How many tokens messages and what follows them have."""
+def _counter(tokenizer: "PreTrainedTokenizerBase | None") -> Callable[[_Row, str], int]:
+    """How many tokens a row's messages and what follows them have: with a tokenizer, as training encodes them."""
     if tokenizer is None:
-        return lambda before, text: max(
-            1, math.ceil(len(" ".join([*(one["content"] for one in before), text]).encode()) / _BYTES_A_TOKEN)
+        return lambda row, text: max(
+            1, math.ceil(len(" ".join([*(one["content"] for one in row.before), text]).encode()) / _BYTES_A_TOKEN)
         )
 
-    def count(before: Sequence[Message], text: str) -> int:
+    def count(row: _Row, text: str) -> int:
+        before = [dict(one) for one in row.before]
         if before and text:
-            return len(answered_ids([dict(one) for one in before], text, tokenizer))
-        return max(1, len(tokenizer(text or " ".join(one["content"] for one in before), verbose=False)["input_ids"]))
+            return len(answered_ids(before, text, tokenizer, row.tools if isinstance(row.tools, list) else None))
+        if before:
+            return len(prompt_ids(before, tokenizer))
+        return max(1, len(text_ids(text, tokenizer) if row.shape == "texts" else tokenizer(text, verbose=False)["input_ids"]))
 
     return count
 

@@ -5,11 +5,12 @@
 | input_text, target_text | a question and its answer | sft |
 | instruction, input (optional), output | the same (Alpaca) | sft |
 | messages [{role, content}], tools (optional) | a conversation for every assistant turn: loss on answers only | sft |
+| conversations [{from, value}], system and tools (optional) | the same (ShareGPT) | sft |
 | text | a text | pretraining |
 | text, label | a text and its label; regression: the label is a number | classification, regression |
-| prompt, chosen, rejected | two answers, of which the first was preferred | dpo, reward |
+| prompt, chosen, rejected | two answers, of which the first was preferred | dpo, reward; sft with data.preferred |
 | prompt, completion, label | an answer that was liked (true) or not (false) | kto |
-| prompt | something to answer | rl |
+| prompt | something to answer | rl; dpo and reward with ai_feedback; distillation from texts |
 
 A prompt is what a user says, or a list of messages. An answer is a text, or a list of messages that ends with it: the answer
 alone, or the prompt's messages and it. A row of another objective is refused also where its fields would do: its label, or
@@ -25,11 +26,13 @@ from typing import Any
 
 from protocol.errors import DataError
 from protocol.plan import Objective, Plan
-from strategies.data.files import Raw, raise_all, read
+from strategies.data.files import Raw, Read, raise_all, stream
 
 Message = dict[str, str]
 _SPOKEN = ("assistant", "tool_call", "function_call")  # what the model says, and so what there is to learn
 _ROLES = ("system", "user", *_SPOKEN, "tool", "function", "observation")
+# Who says it in ShareGPT's words; other roles have their own names there too.
+_SHAREGPT = {"human": "user", **dict.fromkeys(("gpt", "chatgpt", "model", "bard", "bing"), "assistant")}
 
 
 @dataclass(frozen=True)
@@ -100,33 +103,83 @@ class Prompt:
 Row = Conversation | LabelledText | ScoredText | PlainText | Preference | Feedback | Prompt
 
 
+def spoken(row: Row) -> str:
+    """All that a row says, in one text: to compare rows, and to count."""
+    match row:
+        case LabelledText(text) | ScoredText(text) | PlainText(text):
+            return text
+        case Conversation(prompt, answer) | Feedback(prompt, answer):
+            said = [answer]
+        case Preference(prompt, chosen, rejected):
+            said = [chosen, rejected]
+        case Prompt(prompt):
+            said = []
+    return "\n".join([*(message["content"] for message in prompt), *said])
+
+
 class _UnusableError(Exception):
     """Why one row cannot be used; names fields, never content."""
 
 
+@dataclass(frozen=True)
+class Group:
+    """What there is to learn from one row of a file: every turn of a conversation, else one.
+
+    Attributes:
+        line: Of the row.
+        rows: In order, at least one.
+    """
+
+    line: int
+    rows: tuple[Row, ...]
+
+
 def load(path: Path, plan: Plan) -> list[Row]:
-    """Reads a file for the plan's objective; see ``load_groups``."""
-    return [row for group in load_groups(path, plan) for row in group]
-
-
-def load_groups(path: Path, plan: Plan) -> list[list[Row]]:
-    """Reads a file for the plan's objective: for each of its rows, what there is to learn from it.
+    """Reads a file for the plan's objective, as it is; ``strategies.data.prepared`` also cleans and masks it.
 
     Raises:
-        DataError: The file cannot be read, or rows lack fields or bear labels that the plan does not list.
+        DataError: The file cannot be read, or rows of it cannot be used, and the plan does not say to skip them.
     """
-    raw = read(path)
-    groups: list[list[Row]] = []
-    problems = []
-    rows_of = _reader(plan)
-    for line, fields in raw:
+    return [row for group in groups_of(path, stream(path), plan)[0] for row in group.rows]
+
+
+def groups_of(path: Path, found: Iterable[Read], plan: Plan) -> tuple[list[Group], list[tuple[int, str]]]:
+    """Rows for the plan's objective, and those that cannot be used: lines, each with why.
+
+    Args:
+        path: Whose rows they are, for messages.
+        found: From ``strategies.data.files.stream``, treated or not; read once, and not held.
+        plan: Its objective, its labels and what it says of bad rows.
+
+    Raises:
+        DataError: Rows lack fields, bear labels that the plan does not list or an ``id`` of another row, and the plan does not
+            say to skip them; or none is left.
+    """
+    groups: list[Group] = []
+    problems: list[tuple[int, str]] = []
+    rows_of, ids = _reader(plan), dict[str | int, int]()
+    for line, raw in found:
         try:
-            _check_text(fields)
-            groups.append(list(rows_of(fields)))
+            groups.append(Group(line, _usable(raw, line, ids, rows_of)))
         except _UnusableError as error:
             problems.append((line, str(error)))
-    raise_all(path, problems, len(raw))
-    return groups
+    if plan.data.on_bad_rows == "refuse":
+        raise_all(path, problems, len(problems) + len(groups), "\ndata.on_bad_rows: skip goes on without them")
+    if not groups and problems:
+        raise_all(path, problems, len(problems), "\nnone is left to go on with")
+    return groups, problems
+
+
+def _usable(
+    raw: "Raw | str", line: int, ids: dict[str | int, int], rows_of: "Callable[[Raw], Iterable[Row]]"
+) -> tuple[Row, ...]:
+    if isinstance(raw, str):
+        raise _UnusableError(raw)
+    _check_text(raw)
+    own = raw.get("id")
+    if isinstance(own, str | int) and own != "" and ids.setdefault(own, line) != line:
+        raise _UnusableError(f"id is that of line {ids[own]}; each row needs its own, or none")
+    return tuple(rows_of(raw))
 
 
 def labels_of(plan: Plan) -> dict[str, int]:
@@ -136,17 +189,34 @@ def labels_of(plan: Plan) -> dict[str, int]:
     return {label: row for row, label in enumerate(plan.data.labels)}
 
 
-def distinct_labels(path: Path) -> tuple[str, ...]:
-    """Every label in a file, sorted: for a plan on one machine that lists none."""
-    raw = read(path)
-    raise_all(path, [(line, "label is missing") for line, row in raw if not _text(row.get("label"))], len(raw))
-    labels = tuple(sorted({_text(row["label"]) for _, row in raw}))
+def distinct_labels(path: Path, *, skip: bool = False) -> tuple[str, ...]:
+    """Every label in a file, sorted: for a plan on one machine that lists none.
+
+    Args:
+        path: Of the file.
+        skip: Go on without rows that cannot be read or bear none.
+    """
+    found = list(stream(path))
+    problems = [
+        (line, row if isinstance(row, str) else "label is missing")
+        for line, row in found
+        if isinstance(row, str) or not _text(row.get("label"))
+    ]
+    if not skip:
+        raise_all(path, problems, len(found))
+    labels = tuple(sorted({label for _, row in found if isinstance(row, Mapping) and (label := _text(row.get("label")))}))
     if len(labels) < 2:
         raise DataError(f"{path}: every row has the same label; classification needs at least 2")
     return labels
 
 
 def _reader(plan: Plan) -> "Callable[[Raw], Iterable[Row]]":
+    if plan.ai_feedback is not None:
+        return _prompts
+    if plan.distillation is not None and plan.distillation.kind == "text":
+        return _questions
+    if plan.data.preferred:
+        return _preferred
     if plan.objective != "classification":
         return _READERS[plan.objective]
     labels = labels_of(plan)
@@ -155,7 +225,9 @@ def _reader(plan: Plan) -> "Callable[[Raw], Iterable[Row]]":
 
 def _conversations(row: Raw) -> Iterator[Conversation]:
     if "messages" in row:
-        yield from _turns(row["messages"], row.get("tools"))
+        yield from _turns(_messages(row["messages"], "messages"), row.get("tools"))
+    elif "conversations" in row:
+        yield from _turns(_messages(sharegpt(row), "conversations"), row.get("tools"))
     elif "target_text" in row or "input_text" in row:
         yield _pair(row, "input_text", "target_text")
     elif "instruction" in row or "output" in row:
@@ -166,7 +238,7 @@ def _conversations(row: Raw) -> Iterator[Conversation]:
     else:
         raise _UnusableError(
             f"fields {', '.join(sorted(map(str, row))[:8]) or '(none)'}; expected input_text and target_text, "
-            "instruction and output, or messages"
+            "instruction and output, messages, or conversations"
         )
 
 
@@ -186,8 +258,22 @@ def _messages(messages: Any, field: str) -> list[Message]:
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
-def _turns(messages: Any, tools: Any) -> Iterator[Conversation]:
-    plain = _messages(messages, "messages")
+def sharegpt(row: Raw) -> Any:
+    """The messages of a row that has ``conversations``; what is none is left for whoever looks at messages."""
+    found = row["conversations"]
+    if not isinstance(found, list) or not all(isinstance(turn, dict) for turn in found):
+        return found
+    system = row.get("system")
+    first = [{"role": "system", "content": system}] if isinstance(system, str) and system.strip() else []
+    turns = [{"role": _role(turn.get("from")), "content": turn.get("value")} for turn in found]
+    return first + turns
+
+
+def _role(name: Any) -> Any:
+    return _SHAREGPT.get(name, name) if isinstance(name, str) else None
+
+
+def _turns(plain: list[Message], tools: Any) -> Iterator[Conversation]:
     answers = [at for at, message in enumerate(plain) if message["role"] in _SPOKEN and at > 0]
     if not answers:
         raise _UnusableError("no message of role assistant after the first; there is nothing to learn from")
@@ -251,6 +337,12 @@ def _preferences(row: Raw) -> Iterator[Preference]:
     yield Preference(prompt, chosen, rejected)
 
 
+def _preferred(row: Raw) -> Iterator[Conversation]:
+    """What there is to imitate in a pair, where nothing else was collected (Rafailov et al. 2023, section 5)."""
+    for pair in _preferences(row):
+        yield Conversation(pair.prompt, pair.chosen)
+
+
 def _feedback(row: Raw) -> Iterator[Feedback]:
     prompt = _prompt(row)
     answer, label = _answer(row, "completion", prompt), _text(row.get("label")).lower()
@@ -263,10 +355,15 @@ def _prompts(row: Raw) -> Iterator[Prompt]:
     prompt = _prompt(row)
     if ready := [name for name in ("completion", "chosen", "rejected") if name in row]:
         raise _UnusableError(
-            f"{' and '.join(ready)} beside prompt, which rl would not look at, since it writes its own answers; use objective "
-            f"{'kto' if ready == ['completion'] else 'dpo'}, or leave them out"
+            f"{' and '.join(ready)} beside prompt, which nobody would look at, since a model writes the answers; use objective "
+            f"{'kto' if ready == ['completion'] else 'dpo'} without ai_feedback, or leave them out"
         )
     yield Prompt(prompt)
+
+
+def _questions(row: Raw) -> Iterator[Conversation | Prompt]:
+    """What a teacher answers: prompts, or conversations whose own answers are for measuring."""
+    yield from _prompts(row) if "prompt" in row else _conversations(row)
 
 
 def _prompt(row: Raw) -> tuple[Message, ...]:
@@ -307,6 +404,7 @@ _LIKED = {"true": True, "1": True, "false": False, "0": False}
 _READERS: "Mapping[Objective, Callable[[Raw], Iterable[Row]]]" = {
     "sft": _conversations,
     "pretraining": _texts,
+    "distillation": _conversations,
     "regression": _scored,
     "dpo": _preferences,
     "reward": _preferences,
