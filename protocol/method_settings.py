@@ -144,3 +144,21 @@ class BitFitSettings(Strict):
     """Biases alone train (Ben Zaken et al. 2022, arXiv:2106.10199)."""
 
     add_missing: bool = Field(False, description="linear layers without a bias get one that begins at zero")
+
+
+class ExpertsSettings(Strict):
+    """What of a mixture of experts trains; ``lora`` says the rank of an expert's change."""
+
+    train: Literal["both", "experts", "router"] = Field("both", description="experts by low-rank changes, routers whole")
+
+
+class XLoraSettings(Strict):
+    """A router over LoRA adapters that were trained apart; names as in ``peft.XLoraConfig``."""
+
+    adapters: tuple[Name, ...] = Field((), description="folders of LoRA adapters of one base")
+    xlora_depth: PositiveInt = Field(1, le=8, description="layers of the router")
+    xlora_size: PositiveInt = Field(2048, description="width inside a router of several layers")
+    xlora_dropout_p: float = Field(0.2, ge=0, lt=1, description="between them")
+    layerwise_scalings: bool = Field(False, description="shares of their own for every adapted layer")
+    top_k_lora: PositiveInt | None = Field(None, description="only so many adapters at each token")
+    softmax_temperature: PositiveFloat = Field(1.0, description="lower gives sharper shares")

@@ -9,7 +9,7 @@ What travels is plain LoRA, ``B = P`` and ``A = diag(E) Q`` without the directio
 global adapter is put in as its SVD, which is what ``P``, ``E`` and ``Q`` stand for, and each round shares ranks out anew.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _LOADED = "fedge_loaded_directions"
+_SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 _UNKNOWN = 2**31  # steps: how many there are is known when training begins
 
 
@@ -143,6 +144,22 @@ def dense(model: "PeftModel") -> dict[str, Any]:
 def modules(model: "PeftModel") -> dict[str, tuple[int, int]]:
     """``(d_out, d_in)`` by adapted module."""
     return lora.modules(model)
+
+
+def state(model: "PeftModel") -> dict[str, Any]:
+    """How important each number has been so far, and which directions are off."""
+    allocator = model.base_model.rankallocator
+    pattern = model.peft_config["default"].rank_pattern
+    return {"scores": {name: dict(getattr(allocator, name)) for name in _SCORES}, "rank_pattern": pattern}
+
+
+def restore(model: "PeftModel", state: Mapping[str, Any]) -> None:
+    """Puts ``state()`` back."""
+    allocator = model.base_model.rankallocator
+    for name in _SCORES:
+        held = {key: score.to(model.device) for key, score in state["scores"][name].items()}
+        setattr(allocator, name, held)
+    model.peft_config["default"].rank_pattern = state["rank_pattern"]
 
 
 def _factors(layer: Any) -> Factors:

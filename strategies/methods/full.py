@@ -24,11 +24,12 @@ import numpy as np
 from protocol.adapter import Adapter, Factors
 from protocol.errors import AdapterError
 from protocol.plan import Plan
-from protocol.product_space import balanced, split
+from protocol.product_space import split
 from strategies.base_model import Base, check_weights, find, heads, original_weight
 from strategies.methods import dense_tensors
 from strategies.methods.dense_tensors import check_names, put, taken
 from strategies.methods.frozen_base import prepared
+from strategies.methods.low_rank import nearest, product
 from strategies.methods.method import NOTHING, Begun
 
 if TYPE_CHECKING:
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _STATE = "fedge_full"
-# Directions drawn beyond the rank, and power iterations: changes of weights have flat spectra, where few iterations lose some.
-_OVERSAMPLING, _ITERATIONS = 16, 6
 
 
 @dataclass
@@ -113,14 +112,14 @@ def load(model: "PreTrainedModel", adapter: Adapter, *, fresh: bool = False) -> 
     state, matrices = _state(model), _matrices(model)
     check_names("modules", adapter.factors, matrices)
     for module, pair in adapter.factors.items():
-        shape = tuple(_upright(model, module, matrices[module]).shape)
+        shape = tuple(upright(model, module, matrices[module]).shape)
         if pair.shape != shape:
             raise AdapterError(f"{module}: found shape {pair.shape}, expected {shape}")
     put(dense(model), adapter.dense)
     before, state.start, state.fresh = state.start, adapter, fresh
     base = find(model.name_or_path)
     for module in before.factors.keys() | adapter.factors.keys():
-        _upright(model, module, matrices[module].detach()).copy_(_begun(model, module, base))
+        upright(model, module, matrices[module].detach()).copy_(_begun(model, module, base))
 
 
 def extract(model: "PreTrainedModel", begun: Begun = NOTHING) -> Adapter:  # noqa: ARG001
@@ -152,7 +151,7 @@ def dense(model: "PreTrainedModel") -> dict[str, Any]:
 
 def modules(model: "PreTrainedModel") -> dict[str, tuple[int, int]]:
     """``(d_out, d_in)`` by module whose weight trains."""
-    shapes = {module: _upright(model, module, weight).shape for module, weight in _matrices(model).items()}
+    shapes = {module: upright(model, module, weight).shape for module, weight in _matrices(model).items()}
     return {module: (int(d_out), int(d_in)) for module, (d_out, d_in) in shapes.items()}
 
 
@@ -182,7 +181,7 @@ def _is_matrix(model: "PreTrainedModel", name: str) -> bool:
     return kind == "weight" and isinstance(model.get_submodule(module), Embedding | Linear | Conv1D)
 
 
-def _upright(model: "PreTrainedModel", module: str, weight: Any) -> Any:
+def upright(model: "PreTrainedModel", module: str, weight: Any) -> Any:
     """A layer's weight as ``(d_out, d_in)``: a Conv1D and an embedding hold theirs transposed."""
     from torch.nn import Linear
 
@@ -193,9 +192,9 @@ def _begun(model: "PreTrainedModel", module: str, base: Base) -> "Tensor":
     """What training began with, ``(d_out, d_in)``, float32, rounded as it is held: the checkpoint's and what was loaded."""
     weight = model.get_submodule(module).weight
     original = original_weight(base, f"{module}.weight", model.base_model_prefix)
-    whole = _upright(model, module, original.to(weight.device))
+    whole = upright(model, module, original.to(weight.device))
     if module in _state(model).start.factors:
-        whole = whole + _product(_state(model).start.factors[module], whole)
+        whole = whole + product(_state(model).start.factors[module], whole)
     return whole.to(weight.dtype).float()
 
 
@@ -204,7 +203,7 @@ def _changed(model: "PreTrainedModel", module: str, base: Base) -> Factors:
     import torch
 
     state, weight = _state(model), model.get_submodule(module).weight.detach()
-    change = _upright(model, module, weight).float() - _begun(model, module, base)
+    change = upright(model, module, weight).float() - _begun(model, module, base)
     none = Factors(np.zeros((1, change.shape[1]), np.float32), np.zeros((change.shape[0], 1), np.float32))
     counted = none if state.fresh else split(state.start.factors.get(module, none), state.r)[0]
     size = float(change.square().sum(dtype=torch.float64))
@@ -212,31 +211,8 @@ def _changed(model: "PreTrainedModel", module: str, base: Base) -> Factors:
     state.numbers += change.numel()
     if not size:
         return counted if counted.r else none  # a server's module without change has no directions, an update's has one
-    change += _product(counted, change)
-    pair = _nearest(change, state.r)
+    change += product(counted, change)
+    pair = nearest(change, state.r)
     state.changed += size
-    state.lost += float((change - _product(pair, change)).square().sum(dtype=torch.float64))
+    state.lost += float((change - product(pair, change)).square().sum(dtype=torch.float64))
     return pair
-
-
-def _product(pair: Factors, like: Any) -> Any:
-    """``scaling * B @ A`` in float32 where another tensor is."""
-    import torch
-
-    b, a = (torch.from_numpy(np.array(half, np.float32)).to(like.device) for half in (pair.B, pair.A))
-    return pair.scaling * (b @ a)
-
-
-def _nearest(matrix: Any, r: int) -> Factors:
-    """The product of rank ``r`` nearest to a float32 matrix, as balanced float32 factors."""
-    import torch
-
-    rank = min(r, *matrix.shape)
-    drawn = rank + _OVERSAMPLING
-    if 2 * drawn < min(matrix.shape):
-        u, s, v = torch.svd_lowrank(matrix, drawn, niter=_ITERATIONS)
-        vt = v.T
-    else:
-        u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
-    pair = balanced(*(part.double().cpu().numpy() for part in (u[:, :rank], s[:rank], vt[:rank])))
-    return Factors(A=pair.A.astype(np.float32), B=pair.B.astype(np.float32))

@@ -64,6 +64,9 @@ class Method:
         callbacks: ``callbacks(model, plan, done)``: trainer callbacks; ``done`` counts the optimizer steps of earlier rounds.
         penalty: ``penalty(plan)``: None, or a function of the model whose value is minimised beside the objective's loss.
         metrics: ``metrics(model)``: figures about what ``extract`` has taken out.
+        state: ``state(model)``: what it keeps while it trains and is no trained parameter, as tensors, numbers and texts in
+            mappings and lists: a checkpoint holds it.
+        restore: ``restore(model, state)``: puts it back.
         trains_base: Weights of the base itself train: an adapter is not all of what was made, the whole model is.
     """
 
@@ -78,6 +81,8 @@ class Method:
     callbacks: Callable[[Any, Plan, int], list[Any]] = lambda model, plan, done: []
     penalty: Callable[[Plan], Callable[[Any], Any] | None] = lambda plan: None
     metrics: Callable[[Any], Mapping[str, float]] = lambda model: {}
+    state: Callable[[Any], Mapping[str, Any]] = lambda model: {}
+    restore: Callable[[Any, Mapping[str, Any]], None] = lambda model, state: None
     trains_base: bool = False
 
 

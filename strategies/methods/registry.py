@@ -10,7 +10,7 @@ from protocol.method_settings import LoraSettings
 from protocol.plan import Plan
 from protocol.training_settings import TrainingSettings
 from strategies.base_model import Base, heads, skeleton
-from strategies.methods import adalora, bitfit, bottleneck, freezing, full, ia3, lora, prompts
+from strategies.methods import adalora, bitfit, bottleneck, experts, freezing, full, ia3, lora, prompts, xlora
 from strategies.methods.method import Method, of_tensors
 
 _LORA = Method(
@@ -46,15 +46,19 @@ METHODS: Mapping[protocol.plan.Method, Method] = {
         adalora.modules,
         callbacks=adalora.callbacks,
         penalty=adalora.penalty,
+        state=adalora.state,
+        restore=adalora.restore,
     ),
     "full": _FULL,
     "freezing": replace(_FULL, attach=freezing.attach, callbacks=freezing.callbacks),
     "bitfit": of_tensors(bitfit.attach, bitfit.dense),
     "bottleneck": of_tensors(bottleneck.attach, bottleneck.dense),
+    "experts": Method(experts.attach, experts.load, experts.extract, experts.dense, experts.modules),
     "ia3": of_tensors(ia3.attach, ia3.dense),
     "prompt-tuning": _PROMPTS,
     "prefix-tuning": _PROMPTS,
     "p-tuning-v2": _PROMPTS,
+    "xlora": Method(xlora.attach, xlora.load, xlora.extract, xlora.dense, xlora.modules, begin=xlora.begin),
 }
 
 

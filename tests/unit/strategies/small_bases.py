@@ -1,4 +1,4 @@
-"""Bases of a few thousand weights on disk, in the three builds that most models follow, with the tiny model's tokenizer."""
+"""Bases of a few thousand weights on disk, in the builds that most models follow, with the tiny model's tokenizer."""
 
 WIDTH, LAYERS = 32, 4
 
@@ -14,7 +14,7 @@ def saved(kind, folder, dtype="float32", **more):
 
     tokenizer = AutoTokenizer.from_pretrained(find("tiny").folder)
     torch.manual_seed(0)
-    made = {"llama": _llama, "gpt2": _gpt2, "bert": _bert}[kind](len(tokenizer), **more)
+    made = _BUILT[kind](len(tokenizer), **more)
     with torch.no_grad():
         for parameter in made.parameters():
             if parameter.ndim == 1:  # biases and norms as a checkpoint's: none is exactly zero or one
@@ -46,6 +46,27 @@ def _bert(vocabulary, **more):
 
     shape = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": 2}
     return BertModel(BertConfig(vocab_size=vocabulary, **{**shape, **more}))
+
+
+def _mixtral(vocabulary, **more):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    return MixtralForCausalLM(MixtralConfig(**_sparse(vocabulary), num_local_experts=4, **more))
+
+
+def _qwen3_moe(vocabulary, **more):
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    own = {"num_experts": 4, "moe_intermediate_size": 24, "head_dim": 16, "mlp_only_layers": [0]}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**_sparse(vocabulary), **own, **more))
+
+
+def _sparse(vocabulary):
+    shape = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": 2}
+    return {**shape, "vocab_size": vocabulary, "num_key_value_heads": 1, "num_experts_per_tok": 2}
+
+
+_BUILT = {"llama": _llama, "gpt2": _gpt2, "bert": _bert, "mixtral": _mixtral, "qwen3-moe": _qwen3_moe}
 
 
 def logits(model, tokens=40):
