@@ -18,9 +18,13 @@ def proximal(parent: Any, mu: float) -> Any:
     """
     begun: list[tuple[Any, Any]] = []
 
-    def pull(model: Any) -> Any:
-        if not begun:  # within the first step: nothing has moved yet
-            begun.extend((p, p.detach().clone()) for p in model.parameters() if p.requires_grad)
+    def pull(model: Any) -> Any:  # noqa: ARG001 - of the parameters that were there when it began
         return mu / 2 * sum((p.float() - start.float()).square().sum() for p, start in begun)
 
-    return penalised(parent, pull)
+    class Proximal(penalised(parent, pull)):  # type: ignore[misc]
+        def train(self, *args: Any, **kwargs: Any) -> Any:
+            # Before a checkpoint is read: nothing has moved yet.
+            begun[:] = [(p, p.detach().clone()) for p in self.model.parameters() if p.requires_grad]
+            return super().train(*args, **kwargs)
+
+    return Proximal

@@ -1,4 +1,4 @@
-"""Where the rewards of reinforcement learning come from: a model that scores answers, or functions by name."""
+"""Where the rewards of reinforcement learning come from: a model that scores answers, a judge, or functions by name."""
 
 import importlib
 import math
@@ -14,6 +14,7 @@ from strategies.adapted import with_adapter
 from strategies.base_model import configuration, find, load
 from strategies.data.encode import answered_ids
 from strategies.data.formats import Message
+from strategies.judge import judge_of
 from strategies.methods.registry import shape
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ def rewards_of(plan: Plan) -> list[Reward]:
     """
     settings = plan.rl
     found = [_function(name) for name in settings.reward_functions]
+    if settings.judge:
+        found.append(judge_of(settings.judge).score)
     return [*found, _model(settings.reward_model, plan)] if settings.reward_model else found
 
 
