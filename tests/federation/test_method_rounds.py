@@ -30,6 +30,7 @@ SEED = 7
 TRAINING = {"learning_rate": 1e-2, "batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 4, "weight_decay": 0.01}
 QUESTIONS = [f"Which room has number {n}?" for n in range(40)]
 METHODS = {
+    "lora": {"method": "lora"},
     "full": {"method": "full"},
     "freezing": {"method": "freezing", "freezing": {"frozen_share": 0.5}},
     "thawing": {"method": "freezing", "freezing": {"frozen_share": 0.5, "thaw_every": 4}},
@@ -39,7 +40,8 @@ METHODS = {
     "dora": {"method": "lora", "lora": {"r": 4, "lora_alpha": 8, "use_dora": True}},
 }
 
-SLOW = ("freezing", "thawing")  # they share all but one list of names with full
+# They share all but one list of names with full; rounds of LoRA are in many other tests.
+SLOW = ("freezing", "thawing", "lora")
 
 
 @pytest.fixture(scope="module")
