@@ -1,22 +1,26 @@
 """What a base with or without an adapter is worth, on rows that it has not seen: each objective's own figures."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from protocol.adapter import Adapter
 from protocol.plan import Objective, Plan
 from strategies.adapted import with_adapter
 from strategies.base_model import Base, load_tokenizer
+from strategies.data.ai_feedback import made
 from strategies.data.encode import IGNORED, encode
 from strategies.data.formats import Row
 from strategies.evaluation import preferences
+from strategies.evaluation.figures import Array, Figure, macro_f1, mean, pearson, perplexity, ratio, values
 
 _NOTHING = Adapter()
 # The one figure to compare by.
 LEADING: Mapping[Objective, str] = {
     "sft": "accuracy",
     "pretraining": "perplexity",
+    "distillation": "perplexity",
     "classification": "accuracy",
     "regression": "mse",
     "dpo": "reward-accuracy",
@@ -41,93 +45,106 @@ def measure(
     Returns:
         By objective, losses in nats:
 
-        - sft: ``loss`` per answer token, ``perplexity``, ``accuracy`` (share of rows whose greedy answer is the given one, to
-          its last token). pretraining: ``loss`` per token and ``perplexity``.
+        - sft, distillation: ``loss`` per answer token, ``perplexity``, ``accuracy`` (share of rows whose greedy answer is the
+          given one, to its last token). pretraining: ``loss`` per token and ``perplexity``.
         - classification: ``loss`` per row, ``accuracy``, ``macro-f1``.
         - regression: ``mse``, ``mae``, ``pearson`` (0 where all labels, or all predictions, are the same).
         - dpo, kto, reward, rl: ``strategies.evaluation.preferences``.
     """
     tokenizer = load_tokenizer(base)
+    rows = made(rows, plan, base, reference, training=False).rows
     encoded = encode(rows, tokenizer, plan.data.max_length, plan.objective).rows
     if plan.objective in preferences.MEASURED:
-        return preferences.measure(plan, base, encoded, adapter, reference)
+        return values(preferences.figures(plan, base, encoded, adapter, reference))
     model, _ = with_adapter(plan, base, adapter)
-    batches = _batches(encoded, plan.training.batch_size, int(tokenizer.pad_token_id or 0), model.device)
+    return values(figures(plan, model, int(tokenizer.pad_token_id or 0), encoded))
+
+
+def figures(plan: Plan, model: Any, pad: int, rows: Sequence[dict[str, Any]]) -> dict[str, Figure]:
+    """The figures of ``measure`` row by row, of a model that is in memory: sft, pretraining, classification, regression.
+
+    Args:
+        plan: Says what for.
+        model: In evaluation mode, with or without an adapter.
+        pad: Any token id; of a classifier the padding token.
+        rows: Encoded; they keep their order.
+    """
     if plan.objective == "regression":
-        return _numbers(model, batches)
-    if plan.task_type == "SEQ_CLS":
-        return _labels(model, batches)
-    figures = _answers(model, batches)
-    if plan.objective == "pretraining":
-        del figures["accuracy"]  # nobody expects a block of text to be guessed whole
-    return figures
+        found, wanted = _scored(plan, model, pad, rows)
+        apart = found[:, 0] - wanted
+        return {
+            "mse": mean(apart**2, "lower"),
+            "mae": mean(np.abs(apart), "lower"),
+            "pearson": pearson(found[:, 0], wanted),
+        }
+    if plan.objective == "classification":
+        return of_labels(*label_logits(plan, model, pad, rows))
+    nats, tokens, right = _answers(plan, model, pad, rows)
+    likely = {"loss": ratio(nats, tokens, "lower", "nats"), "perplexity": perplexity(nats, tokens)}
+    # Nobody expects a block of text to be guessed whole.
+    return likely if plan.objective == "pretraining" else likely | {"accuracy": mean(right)}
 
 
-def _answers(model: Any, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
+def label_logits(plan: Plan, model: Any, pad: int, rows: Sequence[dict[str, Any]]) -> tuple[Array, Array]:
+    """What a classifier says of each row, ``(n, labels)`` float64, and the label's number, ``(n,)``; as for ``figures``."""
+    logits, wanted = _scored(plan, model, pad, rows)
+    return logits, wanted.astype(int)
+
+
+def of_labels(logits: Array, wanted: Array) -> dict[str, Figure]:
+    """``loss``, ``accuracy`` and ``macro-f1`` from ``label_logits``."""
+    top = logits.max(1)
+    nats = top + np.log(np.exp(logits - top[:, None]).sum(1)) - logits[np.arange(len(wanted)), wanted]
+    guessed = logits.argmax(1)
+    return {
+        "loss": mean(nats, "lower", "nats"),
+        "accuracy": mean(guessed == wanted),
+        "macro-f1": macro_f1(guessed, wanted),
+    }
+
+
+def _answers(plan: Plan, model: Any, pad: int, rows: Sequence[dict[str, Any]]) -> Array:
+    """``(3, n)``: nats, tokens, and whether every token is the likeliest, of each row's counted tokens."""
     import torch
     from torch.nn.functional import cross_entropy
 
-    loss = tokens = right = rows = 0.0
+    told = np.empty((3, len(rows)))
     with torch.inference_mode():
-        for batch in batches:
+        for places, batch in _batches(rows, plan.training.batch_size, pad, model.device):
             labels = batch.pop("labels")[:, 1:]
             logits = model(**batch).logits[:, -labels.shape[1] - 1 : -1]  # a soft prompt's positions come before the text's
             counted = labels != IGNORED
-            loss += float(cross_entropy(logits[counted].double(), labels[counted], reduction="sum"))
-            tokens += float(counted.sum())
+            nats = torch.zeros(labels.shape, dtype=torch.float64, device=labels.device)
+            nats[counted] = cross_entropy(logits[counted].double(), labels[counted], reduction="none")
             # Greedy decoding gives the answer exactly when each of its tokens is the most likely one after the one before.
-            right += float(((logits.argmax(-1) == labels) | ~counted).all(1).sum())
-            rows += len(labels)
-    mean = loss / tokens
-    return {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), "accuracy": right / rows}
+            right = ((logits.argmax(-1) == labels) | ~counted).all(1)
+            told[:, places] = torch.stack([nats.sum(1), counted.sum(1).double(), right.double()]).cpu().numpy()
+    return told
 
 
-def _labels(model: Any, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
-    import torch
-    from sklearn.metrics import f1_score
-    from torch.nn.functional import cross_entropy
-
-    loss, found, wanted = 0.0, [], []
-    with torch.inference_mode():
-        for batch in batches:
-            labels = batch.pop("labels")
-            logits = model(**batch).logits
-            loss += float(cross_entropy(logits.double(), labels, reduction="sum"))
-            found += logits.argmax(-1).tolist()
-            wanted += labels.tolist()
-    right = sum(x == y for x, y in zip(found, wanted, strict=True))
-    return {
-        "loss": loss / len(wanted),
-        "accuracy": right / len(wanted),
-        "macro-f1": float(f1_score(wanted, found, average="macro", labels=sorted(set(wanted)))),
-    }
-
-
-def _numbers(model: Any, batches: Iterator[dict[str, Any]]) -> dict[str, float]:
+def _scored(plan: Plan, model: Any, pad: int, rows: Sequence[dict[str, Any]]) -> tuple[Array, Array]:
+    """What a model with a head says of each row, ``(n, outputs)``, and the row's label, ``(n,)``, both float64."""
     import torch
 
-    pairs = []
+    found, wanted = [], np.empty(len(rows))
+    order: list[int] = []
     with torch.inference_mode():
-        for batch in batches:
-            labels = batch.pop("labels").double()
-            pairs.append(torch.stack([model(**batch).logits[:, 0].double(), labels]).cpu())
-    found, wanted = torch.cat(pairs, dim=1)
-    pearson = float(torch.corrcoef(torch.stack([found, wanted]))[0, 1])
-    return {
-        "mse": float((found - wanted).square().mean()),
-        "mae": float((found - wanted).abs().mean()),
-        "pearson": pearson if math.isfinite(pearson) else 0.0,
-    }
+        for places, batch in _batches(rows, plan.training.batch_size, pad, model.device):
+            wanted[places] = batch.pop("labels").double().cpu().numpy()
+            found.append(model(**batch).logits.double().cpu().numpy())
+            order += places
+    return np.concatenate(found)[np.argsort(order)], wanted
 
 
-def _batches(rows: list[dict[str, Any]], size: int, pad: int, device: Any) -> Iterator[dict[str, Any]]:
-    """Right-padded batches of rows of like length."""
+def _batches(rows: Sequence[dict[str, Any]], size: int, pad: int, device: Any) -> Iterator[tuple[list[int], dict[str, Any]]]:
+    """Right-padded batches of rows of like length, with the rows' places."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
-    order = sorted(rows, key=lambda row: len(row["input_ids"]))
-    for at in range(0, len(order), size):
-        part = order[at : at + size]
+    order = sorted(range(len(rows)), key=lambda at: len(rows[at]["input_ids"]))
+    for first in range(0, len(order), size):
+        places = order[first : first + size]
+        part = [rows[at] for at in places]
         ids = [torch.tensor(row["input_ids"]) for row in part]
         batch = {
             "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad),
@@ -138,4 +155,4 @@ def _batches(rows: list[dict[str, Any]], size: int, pad: int, device: Any) -> It
         else:
             labels = [torch.tensor(row["labels"]) for row in part]
             batch["labels"] = pad_sequence(labels, batch_first=True, padding_value=IGNORED)
-        yield {name: tensor.to(device) for name, tensor in batch.items()}
+        yield places, {name: tensor.to(device) for name, tensor in batch.items()}

@@ -8,28 +8,30 @@ variant trains, so that variants can be compared.
 import math
 from collections.abc import Sequence
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 from protocol.adapter import Adapter
 from protocol.plan import Objective, Plan
 from strategies.adapted import with_adapter
 from strategies.base_model import Base
+from strategies.evaluation.figures import Figure, mean, ratio
 from strategies.log_probs import Pair, answer_log_probs, token_log_probs
 from strategies.objectives.kto import mismatched
 from strategies.objectives.rewards import rewards_of, scores
+from strategies.writer import continuations
 
 MEASURED: tuple[Objective, ...] = ("dpo", "kto", "reward", "rl")
 
 
-def measure(
+def figures(
     plan: Plan, base: Base, rows: Sequence[dict[str, Any]], adapter: Adapter | None, reference: Adapter
-) -> dict[str, float]:
-    """Measures once.
+) -> dict[str, Figure]:
+    """Measures once, row by row.
 
     Args:
         plan: Of one of these objectives.
         base: The frozen base.
-        rows: Encoded.
+        rows: Encoded; they keep their order.
         adapter: None for the base as it is.
         reference: The adapter that the model had before the objective began.
 
@@ -37,34 +39,47 @@ def measure(
         - dpo: ``loss`` (``-log sigma(r_chosen - r_rejected)``), ``reward-accuracy`` (share of pairs with the greater reward for
           the chosen answer; one of equal rewards counts half, so that a model against itself has 0.5), ``reward-margin``
           (mean difference of the two).
-        - kto: ``loss`` (arXiv:2402.01306, eq. 8, with ``z_0`` over all rows), ``reward-desirable`` and ``reward-undesirable``
-          (means; absent where there are no such rows).
+        - kto: ``loss`` (arXiv:2402.01306, eq. 8, with ``z_0`` once, over all rows), ``reward-desirable``,
+          ``reward-undesirable`` (means; absent where there are no such rows).
         - reward: ``loss`` and ``accuracy``, as for dpo with the model's own scores.
         - rl: ``reward`` of one answer to each prompt, drawn at the plan's temperature, and ``kl`` to the reference, per token.
     """
-    figures = {"dpo": _dpo, "kto": _kto, "reward": _reward, "rl": _rl}[plan.objective]
-    return figures(plan, base, list(rows), adapter, reference)
+    of = {"dpo": _dpo, "kto": _kto, "reward": _reward, "rl": _rl}[plan.objective]
+    return of(plan, base, list(rows), adapter, reference)
 
 
-def _dpo(plan: Plan, base: Base, rows: list[dict[str, Any]], adapter: Adapter | None, reference: Adapter) -> dict[str, float]:
+def _dpo(plan: Plan, base: Base, rows: list[dict[str, Any]], adapter: Adapter | None, reference: Adapter) -> dict[str, Figure]:
     pairs: list[Pair] = [(row["prompt_ids"], row[ids]) for ids in ("chosen_ids", "rejected_ids") for row in rows]
     implied = [plan.dpo.beta * ratio for ratio in _log_ratios(plan, base, pairs, adapter, reference)]
     margins = [chosen - rejected for chosen, rejected in zip(implied[: len(rows)], implied[len(rows) :], strict=True)]
-    return {"loss": _bradley_terry(margins), "reward-accuracy": _won(margins), "reward-margin": fmean(margins)}
+    return {"loss": _bradley_terry(margins), "reward-accuracy": _won(margins), "reward-margin": mean(margins)}
 
 
-def _kto(plan: Plan, base: Base, rows: list[dict[str, Any]], adapter: Adapter | None, reference: Adapter) -> dict[str, float]:
+def _kto(plan: Plan, base: Base, rows: list[dict[str, Any]], adapter: Adapter | None, reference: Adapter) -> dict[str, Figure]:
     settings = plan.kto
-    rows = mismatched(rows, len(rows), plan.data.max_length, plan.training.seed)
-    pairs: list[Pair] = [(row["prompt_ids"], row[ids]) for ids in ("completion_ids", "KL_completion_ids") for row in rows]
+    order = mismatched([row | {"at": at} for at, row in enumerate(rows)], len(rows), plan.data.max_length, plan.training.seed)
+    pairs: list[Pair] = [(row["prompt_ids"], row[ids]) for ids in ("completion_ids", "KL_completion_ids") for row in order]
     ratios = _log_ratios(plan, base, pairs, adapter, reference)
-    own, z_0 = ratios[: len(rows)], max(0.0, fmean(ratios[len(rows) :]))
-    liked = [ratio for ratio, row in zip(own, rows, strict=True) if row["label"]]
-    others = [ratio for ratio, row in zip(own, rows, strict=True) if not row["label"]]
-    losses = [settings.desirable_weight * _sigmoid(settings.beta * (z_0 - ratio)) for ratio in liked]
-    losses += [settings.undesirable_weight * _sigmoid(settings.beta * (ratio - z_0)) for ratio in others]
-    means = {"reward-desirable": liked, "reward-undesirable": others}
-    return {"loss": fmean(losses)} | {name: settings.beta * fmean(each) for name, each in means.items() if each}
+    z_0 = max(0.0, fmean(ratios[len(order) :]))
+    own = [one for _, one in sorted(zip((row["at"] for row in order), ratios, strict=False))]
+    likes = [bool(row["label"]) for row in rows]
+    losses = [
+        settings.desirable_weight * _sigmoid(settings.beta * (z_0 - one))
+        if liked
+        else settings.undesirable_weight * _sigmoid(settings.beta * (one - z_0))
+        for liked, one in zip(likes, own, strict=True)
+    ]
+    found = {"loss": mean(losses, "lower")}
+    kinds: tuple[tuple[str, bool, Literal["higher", "lower"]], ...] = (
+        ("reward-desirable", True, "higher"),
+        ("reward-undesirable", False, "lower"),
+    )
+    for name, kind, better in kinds:
+        if kind in likes:
+            chosen = [float(liked is kind) for liked in likes]
+            implied = [settings.beta * one * share for one, share in zip(own, chosen, strict=True)]
+            found[name] = ratio(implied, chosen, better)
+    return found
 
 
 def _reward(
@@ -73,7 +88,7 @@ def _reward(
     rows: list[dict[str, Any]],
     adapter: Adapter | None,
     reference: Adapter,  # noqa: ARG001
-) -> dict[str, float]:
+) -> dict[str, Figure]:
     model, tokenizer = with_adapter(plan, base, adapter)
     texts = [row[ids] for ids in ("chosen_ids", "rejected_ids") for row in rows]
     found = scores(model, texts, int(tokenizer.pad_token_id or 0), plan.training.batch_size)
@@ -81,53 +96,31 @@ def _reward(
     return {"loss": _bradley_terry(margins), "accuracy": _won(margins)}
 
 
-def _rl(plan: Plan, base: Base, rows: list[dict[str, Any]], adapter: Adapter | None, reference: Adapter) -> dict[str, float]:
+def _rl(plan: Plan, base: Base, rows: list[dict[str, Any]], adapter: Adapter | None, reference: Adapter) -> dict[str, Figure]:
     model, tokenizer = with_adapter(plan, base, adapter)
-    answers = _drawn(model, tokenizer, [row["prompt_ids"] for row in rows], plan)
+    settings, size = plan.rl, plan.training.batch_size
+    answers = continuations(
+        model,
+        tokenizer,
+        [row["prompt_ids"] for row in rows],
+        temperature=settings.temperature,
+        max_new_tokens=settings.max_completion_length,
+        batch_size=size,
+        seed=plan.training.seed,
+    )
     pairs: list[Pair] = [(row["prompt_ids"], answer) for row, answer in zip(rows, answers, strict=True)]
-    pad, size = int(tokenizer.pad_token_id or 0), plan.training.batch_size
+    pad = int(tokenizer.pad_token_id or 0)
     own = token_log_probs(model, pairs, pad, size)
     del model
     others = token_log_probs(with_adapter(plan, base, reference)[0], pairs, pad, size)
     # k3 of http://joschu.net/blog/kl-approx.html, which GRPO takes too (arXiv:2402.03300, eq. 4): never negative.
-    distances = [float(d) for a, b in zip(own, others, strict=True) for d in (b - a).exp() - (b - a) - 1]
+    distances = [float(((b - a).exp() - (b - a) - 1).sum()) for a, b in zip(own, others, strict=True)]
     texts = [str(tokenizer.decode(answer, skip_special_tokens=True)) for answer in answers]
     rewards = [reward([row["prompt"] for row in rows], texts) for reward in rewards_of(plan)]
-    return {"reward": fmean(map(sum, zip(*rewards, strict=True))), "kl": fmean(distances)}
-
-
-def _drawn(model: Any, tokenizer: Any, prompts: list[list[int]], plan: Plan) -> list[list[int]]:
-    """One answer to each prompt with the token that ends it, the same for the same seed."""
-    import torch
-
-    torch.manual_seed(plan.training.seed)
-    pad, ends, answers = int(tokenizer.pad_token_id or 0), _ends(model, tokenizer), []
-    for first in range(0, len(prompts), plan.training.batch_size):
-        part = prompts[first : first + plan.training.batch_size]
-        width = max(map(len, part))
-        ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in part], device=model.device)
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in part], device=model.device)
-        with torch.inference_mode():
-            made = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=plan.rl.max_completion_length,
-                do_sample=True,
-                temperature=plan.rl.temperature,
-                top_k=0,
-                top_p=1.0,
-                eos_token_id=sorted(ends) or None,
-                pad_token_id=pad,
-            )[:, width:].tolist()
-        answers += [
-            answer[: next((at + 1 for at, token in enumerate(answer) if token in ends), len(answer))] for answer in made
-        ]
-    return answers
-
-
-def _ends(model: Any, tokenizer: Any) -> set[int]:
-    told = model.generation_config.eos_token_id
-    return {token for token in (*(told if isinstance(told, list) else [told]), tokenizer.eos_token_id) if token is not None}
+    return {
+        "reward": mean(map(sum, zip(*rewards, strict=True))),
+        "kl": ratio(distances, list(map(len, answers)), "lower", "nats"),
+    }
 
 
 def _log_ratios(plan: Plan, base: Base, pairs: list[Pair], adapter: Adapter | None, reference: Adapter) -> list[float]:
@@ -145,12 +138,12 @@ def _log_ratios(plan: Plan, base: Base, pairs: list[Pair], adapter: Adapter | No
 _NOTHING = Adapter()
 
 
-def _bradley_terry(margins: list[float]) -> float:
-    return fmean(math.log1p(math.exp(-abs(margin))) + max(-margin, 0.0) for margin in margins)
+def _bradley_terry(margins: list[float]) -> Figure:
+    return mean((math.log1p(math.exp(-abs(margin))) + max(-margin, 0.0) for margin in margins), "lower", "nats")
 
 
-def _won(margins: list[float]) -> float:
-    return fmean((margin > 0) + (margin == 0) / 2 for margin in margins)
+def _won(margins: list[float]) -> Figure:
+    return mean((margin > 0) + (margin == 0) / 2 for margin in margins)
 
 
 def _sigmoid(x: float) -> float:
