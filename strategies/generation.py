@@ -1,6 +1,7 @@
-"""Answers of a base with or without an adapter, to try what was trained."""
+"""Answers of a model, to try what was trained."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from protocol.adapter import Adapter
 from protocol.plan import Plan
@@ -10,7 +11,7 @@ from strategies.data.encode import prompt_ids
 
 
 def answer(plan: Plan, base: Base, questions: Sequence[str], adapter: Adapter | None, max_new_tokens: int) -> list[str]:
-    """Greedy answers, one question at a time through the chat template.
+    """Greedy answers of a base that is loaded for them, with or without an adapter.
 
     Args:
         plan: Of objective sft; its precision holds the base.
@@ -19,19 +20,29 @@ def answer(plan: Plan, base: Base, questions: Sequence[str], adapter: Adapter | 
         adapter: None for the base as it is.
         max_new_tokens: Longest answer.
     """
+    return greedy(*with_adapter(plan, base, adapter), questions, max_new_tokens)
+
+
+def greedy(model: Any, tokenizer: Any, questions: Sequence[str], max_new_tokens: int) -> list[str]:
+    """Greedy answers, one question at a time through the chat template."""
+    return [continued(model, tokenizer, [question], max_new_tokens)[0] for question in questions]
+
+
+def continued(model: Any, tokenizer: Any, questions: Sequence[str], max_new_tokens: int, **more: Any) -> list[str]:
+    """Greedy answers to questions in one batch, padded on the left; ``more`` goes to the model's ``generate``."""
     import torch
 
-    model, tokenizer = with_adapter(plan, base, adapter)
-    answers = []
-    for question in questions:
-        ids = torch.tensor([prompt_ids([{"role": "user", "content": question}], tokenizer)], device=model.device)
-        with torch.inference_mode():
-            made = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        answers.append(str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)).strip())
-    return answers
+    rows = [prompt_ids([{"role": "user", "content": question}], tokenizer) for question in questions]
+    longest, pad = max(map(len, rows)), tokenizer.pad_token_id
+    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    with torch.inference_mode():
+        made = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=pad,
+            **more,
+        )
+    return [str(tokenizer.decode(row[longest:], skip_special_tokens=True)).strip() for row in made]

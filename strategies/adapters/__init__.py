@@ -1,0 +1,1 @@
+"""What is done with adapters after training: merged, extracted, combined, served and published."""
