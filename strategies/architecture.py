@@ -9,12 +9,12 @@ is refused by name: memory that was guessed is worse than none.
 import importlib.util
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from protocol.errors import ModelError
+from protocol.errors import ModelError, shown
 from strategies.base_model import EMBEDDED, find
 
 Kind = Literal["decoder", "encoder", "encoder-decoder"]
@@ -180,11 +180,11 @@ class Architecture:
         wanted = [name.rpartition(".")[2] for name in names]
         known = {linear.name for _, linear in every}
         shapes = Counter(linear.name for linear in {linear for _, linear in every})
-        if unclear := [name for name in names if "." in name and shapes[name.rpartition(".")[2]] > 1]:
+        if unclear := [shown(name, 100) for name in names if "." in name and shapes[name.rpartition(".")[2]] > 1]:
             raise ModelError(
                 f"{', '.join(unclear)}: several linear layers of {self.model_type} end so; give the last part alone"
             )
-        if missing := sorted(set(wanted) - known):
+        if missing := sorted(shown(name, 100) for name in set(wanted) - known):
             raise ModelError(f"no linear layer {', '.join(missing)} in {self.model_type}; it has {', '.join(sorted(known))}")
         return tuple((block, linear) for block, linear in every if linear.name in wanted)
 
@@ -195,27 +195,62 @@ def read(source: Source) -> Architecture:
     Raises:
         ModelError: There is no configuration, it lacks what its model type needs, or the model type has no reader.
     """
-    content, where = (dict(source), "the configuration") if isinstance(source, Mapping) else _content(str(source))
+    needed: Collection[str] = ()
+    if isinstance(source, Mapping):
+        content, where = dict(source), "the configuration"
+    else:
+        (content, where), needed = _content(str(source)), _WRITTEN
     model_type = str(content.get("model_type", ""))
     reader = _READERS.get(model_type)
     if reader is None:
         said = ", ".join(f"{key}={content[key]!r}" for key in _TELLING if key in content) or "nothing that is known"
         raise ModelError(
-            f"{where}: no memory estimate for model_type {model_type!r} (it says {said}); "
+            f"{where}: no memory estimate for model_type {model_type[:100]!r} (it says {shown(said)}); "
             f"known are {', '.join(sorted(_READERS))}"
         )
-    from huggingface_hub.errors import StrictDataclassError
-
+    if wrong := _wrong_sizes(content, model_type, needed):
+        raise ModelError(f"{where}: not a whole {model_type} configuration: {'; '.join(wrong)}")
     try:
         made = reader(content if model_type == "chatglm" else _configured(content))
         _check(made)
-    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError, StrictDataclassError) as error:
-        raise ModelError(f"{where}: not a whole {model_type} configuration ({type(error).__name__}: {error})") from None
+    except Exception as error:  # noqa: BLE001 - transformers raises whatever a hostile value makes its code do
+        why = shown(" ".join(f"{type(error).__name__}: {error}".split()))
+        raise ModelError(f"{where}: not a whole {model_type} configuration ({why})") from None
     return made
 
 
+# Far beyond any model: what is computed of them stays a number, in a time that nobody notices.
+_SIZES = {"hidden_size": 2**20, "num_hidden_layers": 2**14, "num_attention_heads": 2**14, "vocab_size": 2**28}
+_SIZES |= {"intermediate_size": 2**22, "num_key_value_heads": 2**14, "head_dim": 2**14}
+_SIZES_OF_CHATGLM = {"hidden_size": 2**20, "num_layers": 2**14, "num_attention_heads": 2**14, "padded_vocab_size": 2**28}
+_SIZES_OF_CHATGLM |= {"ffn_hidden_size": 2**22, "kv_channels": 2**14}
+_MOST_PARAMETERS = 2**60
+# Every config.json has them; for what is missing transformers takes the family's usual size, which may be any other model's.
+_WRITTEN = ("hidden_size", "num_hidden_layers")
+
+
+def _wrong_sizes(content: Mapping[str, Any], model_type: str, needed: Collection[str]) -> list[str]:
+    """All that is wrong with the sizes, at once: transformers and the readers stop at the first."""
+    if model_type == "chatglm":
+        called, sizes, needed = dict[str, str](), _SIZES_OF_CHATGLM, _SIZES_OF_CHATGLM
+    else:
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        called, sizes = CONFIG_MAPPING[model_type].attribute_map, _SIZES
+    wrong = []
+    for name, most in sizes.items():
+        key = name if name in content else called.get(name, name)
+        found = content.get(key)
+        if found is None and name not in needed:
+            continue
+        if isinstance(found, bool) or not isinstance(found, int) or not 1 <= found <= most:
+            said = "is missing" if key not in content else f"is {shown(repr(found), 40)}"
+            wrong.append(f"{key} {said}, expected a whole number from 1 to {most}")
+    return wrong
+
+
 def _check(made: Architecture) -> None:
-    """No width or count is wrong in kind or sign, wherever a reader took it from."""
+    """No width or count is wrong in kind, sign or size, wherever a reader took it from."""
     numbers = [
         made.hidden,
         made.heads,
@@ -229,24 +264,44 @@ def _check(made: Architecture) -> None:
     numbers += [width for _, linear in made.each_linear() for width in (linear.d_in, linear.d_out)]
     if bad := [number for number in numbers if isinstance(number, bool) or not isinstance(number, int) or number < 0]:
         raise ValueError(f"found {bad[0]!r} where a whole number was expected")
-    if min(made.layers, made.intermediate, made.heads, made.kv_heads) < 1:
+    if min(made.intermediate, made.heads, made.kv_heads, *(block.count for block in made.blocks)) < 1:
         raise ValueError("no layers, no heads or no MLP")
+    if made.parameters > _MOST_PARAMETERS or max(numbers) > _MOST_PARAMETERS:
+        raise ValueError(f"{made.parameters:.3g} parameters; expected at most {_MOST_PARAMETERS:.3g}")
+    if made.heads % made.kv_heads:
+        raise ValueError(f"{made.kv_heads} key and value heads do not divide {made.heads} query heads")
+    if made.experts and not 1 <= made.experts_per_token <= made.experts:
+        raise ValueError(f"{made.experts_per_token} of {made.experts} experts for each token; expected 1 to {made.experts}")
+    if isinstance(made.context, bool) or not isinstance(made.context, int) or made.context < 0:
+        raise ValueError(f"a context of {made.context!r}; expected a whole number of tokens")
+    if not all(0 <= share < 1 for share in (made.dropout, made.attention_dropout)):
+        raise ValueError(f"dropouts of {made.dropout} and {made.attention_dropout}; expected 0 to below 1")
 
 
+_MOST_BYTES = 16 * 2**20
 _TELLING = ("architectures", "hidden_size", "num_hidden_layers", "vocab_size")
 
 
 def _content(name: str) -> tuple[dict[str, Any], str]:
-    path = Path(name).expanduser()
-    if path.is_dir():
-        path = path / "config.json"
-    elif path.suffix != ".json":
-        path = _named(name)
+    path = Path(name)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(f"{path}: not readable ({error.strerror}); give a folder with config.json, or that file") from None
-    except ValueError:
+        path = path.expanduser()
+        if path.is_dir():
+            path = path / "config.json"
+        elif path.suffix != ".json":
+            path = _named(name)
+        with path.open("rb") as file:
+            raw = file.read(_MOST_BYTES + 1)
+    except (OSError, RuntimeError, ValueError) as error:  # no such file; no such home; a name that no file can have
+        why = getattr(error, "strerror", None) or error
+        raise ModelError(
+            f"{shown(str(path), 200)}: not readable ({why}); give a folder with config.json, or that file"
+        ) from None
+    if len(raw) > _MOST_BYTES:
+        raise ModelError(f"{path}: over {_MOST_BYTES // 2**20} MiB; expected a model's config.json")
+    try:
+        content = json.loads(raw)
+    except (ValueError, RecursionError):
         raise ModelError(f"{path}: not JSON; expected a model's config.json") from None
     if not isinstance(content, dict):
         raise ModelError(f"{path}: found a {type(content).__name__}, expected a model's config.json")
@@ -257,12 +312,13 @@ def _named(name: str) -> Path:
     module = name.replace("-", "_")
     if name == EMBEDDED or (module.isidentifier() and importlib.util.find_spec(module)):
         return find(name).folder / "config.json"
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
     try:
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            get_hf_file_metadata(hf_hub_url(name, "config.json"))  # fails at once, where the download tries for half a minute
         return Path(hf_hub_download(name, "config.json"))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # noqa: BLE001 - the hub's client raises whatever its HTTP library does
         raise ModelError(
             f"{name!r} is no folder, no config.json and no installed package, and its configuration could not be fetched from "
             f"the hub ({type(error).__name__}); give one of these, or {EMBEDDED!r}"
@@ -372,14 +428,14 @@ def _llama(config: Any) -> Architecture:
 
 def _sparse_layers(config: Any, layers: int) -> tuple[int, int]:
     """Experts, and how many layers have them."""
-    if config.model_type == "mixtral":
-        return config.num_local_experts, layers
-    if config.model_type not in ("qwen2_moe", "qwen3_moe"):
+    if config.model_type not in ("mixtral", "qwen2_moe", "qwen3_moe"):
         return 0, 0
+    experts = config.num_local_experts if config.model_type == "mixtral" else config.num_experts
+    every = 1 if config.model_type == "mixtral" else config.decoder_sparse_step
+    if experts < 1 or every < 1:
+        raise ValueError(f"{experts} experts, decoder_sparse_step {every}; expected at least 1 of both")
     dense = set(getattr(config, "mlp_only_layers", None) or ())
-    return config.num_experts, sum(
-        layer not in dense and (layer + 1) % config.decoder_sparse_step == 0 for layer in range(layers)
-    )
+    return experts, sum(layer not in dense and (layer + 1) % every == 0 for layer in range(layers))
 
 
 def _phi3(config: Any) -> Architecture:

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, model_validator
 
 from protocol.configuration import parse
 from protocol.data_settings import DataSettings
@@ -42,6 +42,12 @@ log = logging.getLogger(__name__)
 # Batches of another size weigh the parts of the memory otherwise, so an estimate is not lowered further than this.
 _LEAST_MEMORY = 0.9
 _WORD = "the"
+
+
+# Beyond these no machine measures anything: the file is damaged, and what is computed of it might not be a number.
+Measured = Annotated[float, Field(ge=1e-9, le=1e9)]
+Size = Annotated[int, Field(ge=1, le=2**50)]
+Rate = Annotated[float, Field(ge=1e3, le=1e21)]
 
 
 class Point(Strict):
@@ -66,10 +72,10 @@ class Point(Strict):
     checkpointing: bool
     base: str
     day: str
-    seconds: PositiveFloat = Field(allow_inf_nan=False)
-    estimated_seconds: PositiveFloat = Field(allow_inf_nan=False)
-    bytes: PositiveInt | None
-    estimated_bytes: PositiveInt
+    seconds: Measured
+    estimated_seconds: Measured
+    bytes: Size | None
+    estimated_bytes: Size
 
     @property
     def key(self) -> tuple[str, str, bool]:
@@ -80,9 +86,15 @@ class Point(Strict):
 class MeasuredRates(Strict):
     """Rates of a device that no datasheet was read for."""
 
-    bandwidth: PositiveFloat = Field(allow_inf_nan=False)
-    flops: dict[Type, PositiveFloat]
+    bandwidth: Rate
+    flops: dict[Type, Rate]
     day: str
+
+    @model_validator(mode="after")
+    def _single_precision(self) -> "MeasuredRates":
+        if "fp32" not in self.flops:
+            raise ValueError("flops of fp32 are missing, which every device computes in")
+        return self
 
     def rates(self, device: str) -> Rates:
         """As the cost is estimated from."""

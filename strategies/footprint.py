@@ -1,6 +1,7 @@
 """From a plan, an architecture and a machine to what memory and cost are estimated from. Pure arithmetic."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ from strategies.memory import Objective, Setup, Sharding
 
 # Where LoRA attaches, by role.
 Role = Literal["query-value", "query-key-value-dense", "attention", "all-linear"]
-_ALIKE: Mapping[str, Objective] = {"pretraining": "sft", "regression": "classification", "kto": "dpo"}
+_ALIKE: Mapping[str, Objective] = {"pretraining": "sft", "distillation": "sft", "regression": "classification", "kto": "dpo"}
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,8 @@ def setup_of(plan: Plan, architecture: Architecture, machine: Machine, sharding:
         "accumulates": t.gradient_accumulation_steps > 1,
         "optimizer": t.optim,
         "objective": _ALIKE.get(plan.objective, plan.objective),
+        # A teacher's probabilities are met with whole logits; its weights: ``strategies.residents``.
+        "loss": "hf" if plan.objective == "distillation" else "chunked",
         "reference": _reference(plan),
         "base_dtype": held,
         "quantization": {"nf4": "nf4-dq", "int8": "int8"}.get(plan.precision, "none"),
@@ -112,10 +115,44 @@ def beside(plan: Plan, architecture: Architecture) -> int:
         "prefix-tuning": tokens * width + width * inner + inner + (inner + 1) * a.layers * 2 * width,
         "ia3": sum(block.count * (2 * width + max(block.intermediate, block.expert_intermediate)) for block in a.blocks),
         "bitfit": biases(a, everywhere=plan.bitfit.add_missing),
+        "experts": experts_of(plan, a),
+        "xlora": router_of(plan, a),
         "bottleneck": a.layers * places * (2 * h * small + small + h),
     }
     head = h * len(plan.data.labels or (0, 0)) if plan.objective == "classification" else 0
-    return own.get(plan.method, 0) + (h if plan.objective in ("regression", "reward") else head)
+    saved = saved_whole(plan.lora.modules_to_save, a) if plan.method in LOW_RANK else 0
+    return own.get(plan.method, 0) + saved + (h if plan.objective in ("regression", "reward") else head)
+
+
+def saved_whole(names: Sequence[str], a: Architecture) -> int:
+    """Parameters of modules that train whole beside LoRA; what is no linear layer of a block is an embedding, or as large."""
+    sizes = Counter[str]()
+    for block, linear in a.each_linear():
+        sizes[linear.name] += block.count * linear.parameters
+    return sum(sizes.get(name.rpartition(".")[2], a.vocab * a.hidden) for name in names)
+
+
+def experts_of(plan: Plan, a: Architecture) -> int:
+    """Factors of every expert's matrices and whole routers, as the plan has them train."""
+    inside = (3 if a.gated else 2) * plan.lora.r  # gate and up are packed into one matrix, of twice the outputs
+    by_block = [
+        (block.count, a.experts * (inside * block.expert_intermediate + 2 * plan.lora.r * a.hidden), a.experts * a.hidden)
+        for block in a.blocks
+        if block.expert_intermediate
+    ]
+    train = plan.experts.train
+    return sum(count * ((train != "router") * factors + (train != "experts") * router) for count, factors, router in by_block)
+
+
+def router_of(plan: Plan, a: Architecture) -> int:
+    """What weighs the adapters of a mixture, at most: as if they changed every linear layer."""
+    settings = plan.xlora
+    mixed = len(settings.adapters)
+    shares = mixed * sum(block.count for block, _ in a.each_linear()) if settings.layerwise_scalings else mixed
+    if settings.xlora_depth == 1:
+        return (a.hidden + 1) * shares
+    inner = settings.xlora_size
+    return (a.hidden + 1) * inner + (settings.xlora_depth - 2) * (inner + 1) * inner + (inner + 1) * shares
 
 
 def targets_of(role: Role, architecture: Architecture) -> Literal["all-linear"] | tuple[str, ...]:

@@ -128,31 +128,40 @@ def override(
     Raises:
         ConfigurationError: Every value that cannot be used.
     """
-    problems = []
-    if profile is not None and profile not in PROFILES:
-        problems.append(f"profile: found {profile!r}, expected one of {', '.join(PROFILES)}")
-    if gpus is not None and (isinstance(gpus, bool) or not 0 <= gpus <= 1024):
-        problems.append(f"gpus: found {gpus}, expected 0 to 1024")
-    size = None
-    try:
-        size = None if gpu_memory is None else parse_bytes(gpu_memory)
-    except ValueError as error:
-        problems.append(f"gpu_memory: {error}")
-    if size is not None and not 2**28 <= size <= 2**42:
-        problems.append(f"gpu_memory: found {gpu_memory}, expected 256MiB to 4TiB")
-    if size is not None and gpus == 0:
-        problems.append("gpu_memory: given with gpus 0; leave out one of the two")
-    if problems:
+    if problems := conflicts(profile=profile, gpu_memory=gpu_memory, gpus=gpus):
         raise ConfigurationError("hardware", problems)
+    size = None if gpu_memory is None else parse_bytes(gpu_memory)
     made = PROFILES[profile] if profile is not None else hardware
     if profile is not None and made.gpus:
         made = replace(hardware, gpus=made.gpus)
     if size is None and gpus is None:
         return made
-    first = made.gpus[0] if made.gpus else Gpu("described", 24 * _GIB, 24 * _GIB, (8, 0))
+    if gpus and size is None and not made.gpus:
+        where = "this machine" if profile is None else profile
+        raise ConfigurationError("hardware", [f"gpus: found {gpus}, and {where} has none to go by; give gpu_memory too"])
+    first = made.gpus[0] if made.gpus else Gpu("described", 0, 0, (8, 0))
     if size is not None:
         first = replace(first, total_bytes=size, free_bytes=size)
     return replace(made, gpus=(first,) * (gpus if gpus is not None else max(1, len(made.gpus))))
+
+
+def conflicts(*, profile: str | None = None, gpu_memory: str | None = None, gpus: int | None = None) -> list[str]:
+    """Every value of an override that cannot be used, whatever machine it is of."""
+    problems = []
+    if profile is not None and profile not in PROFILES:
+        problems.append(f"profile: found {profile!r}, expected one of {', '.join(PROFILES)}")
+    if gpus is not None and (isinstance(gpus, bool) or not 0 <= gpus <= 1024):
+        problems.append(f"gpus: found {gpus}, expected 0 to 1024")
+    try:
+        size = None if gpu_memory is None else parse_bytes(gpu_memory)
+    except ValueError as error:
+        problems.append(f"gpu_memory: {error}")
+        size = None
+    if size is not None and not 2**28 <= size <= 2**42:
+        problems.append(f"gpu_memory: found {gpu_memory}, expected 256MiB to 4TiB")
+    if gpu_memory is not None and gpus == 0:
+        problems.append("gpu_memory: given with gpus 0; leave out one of the two")
+    return problems
 
 
 def parse_bytes(text: str) -> int:

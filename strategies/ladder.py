@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from protocol.errors import HardwareError
 from protocol.plan import Plan
+from strategies import processes
 from strategies.allocator import return_freed_blocks
 
 T = TypeVar("T")
@@ -34,7 +35,7 @@ def on_ladder(plan: Plan, rungs: Iterable[tuple[str, Plan]], train: Callable[[Pl
         try:
             return train(now), now, changed
         except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
+            if not out_of_memory(error) or processes.count() > 1:  # others train the same plan and would not climb down
                 raise
             log.warning("out of memory%s", f" even with {change}" if change else "")
         _give_back()

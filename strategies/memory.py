@@ -56,6 +56,7 @@ HEAP = 1.7
 # Kernels and handles of a CUDA 12 process, loaded lazily; they were over 1 GB up to CUDA 11.6.
 CONTEXT = 500_000_000
 _TILE_TOKENS, _TILE_COLUMNS = 4096, 32768
+_MOST = 2**40  # of any count in a setup: far beyond every machine, and products of such still fit a float
 _BUCKET = 500_000_000  # DeepSpeed's default reduce and gather buckets, in elements
 
 
@@ -194,9 +195,9 @@ class Setup:
         ]
         whole = {"rank": 1, "batch": 1, "sequence": 1, "gpus": 1, "trained_parameters": 0}
         problems += [
-            f"{name}: found {value!r}, expected a whole number of at least {least}"
+            f"{name}: found {value!r}, expected a whole number from {least} to {_MOST}"
             for name, least in whole.items()
-            if isinstance(value := getattr(self, name), bool) or not isinstance(value, int) or not least <= value < 2**50
+            if isinstance(value := getattr(self, name), bool) or not isinstance(value, int) or not least <= value <= _MOST
         ]
         if not 0 <= self.lora_dropout < 1:
             problems.append(f"lora_dropout: found {self.lora_dropout!r}, expected at least 0 and less than 1")
@@ -224,6 +225,8 @@ class Setup:
             problems.append(f"reference {self.reference}: is for the objectives dpo and rl, found {self.objective}")
         if self.reference == "adapter-off" and self.method == "full":
             problems.append("reference adapter-off: full fine-tuning has no adapter to switch off; use model or precomputed")
+        if self.device == "cpu" and self.gpus > 1:
+            problems.append(f"gpus: found {self.gpus} on device cpu, expected 1; or choose device cuda")
         if self.sharding != "none" and (self.gpus == 1 or self.device == "cpu"):
             problems.append(f"sharding {self.sharding}: needs several GPUs, found {self.gpus} on {self.device}")
         return problems

@@ -5,7 +5,7 @@ precision, and how a step is computed may differ from node to node.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from protocol.errors import HardwareError
@@ -85,7 +85,11 @@ def narrow(wish: Plan, tier: TierName = "large", max_rank: int | None = None) ->
 
 
 def fitted(
-    narrowed: Narrowed, architecture: Architecture, hardware: Hardware, calibration: Calibrated | None = None
+    narrowed: Narrowed,
+    architecture: Architecture,
+    hardware: Hardware,
+    calibration: Calibrated | None = None,
+    taken_bytes: int = 0,
 ) -> Narrowed:
     """The same, made to fit this machine's memory; unchanged where it fits as it is.
 
@@ -94,12 +98,13 @@ def fitted(
         architecture: Of the base.
         hardware: Found, or described.
         calibration: What real steps on this machine have shown.
+        taken_bytes: Of models that stay in memory beside the one that trains.
 
     Raises:
         HardwareError: Nothing fits, with how much the smallest needs.
     """
     plan = narrowed.chosen
-    problem = _problem(plan, architecture, hardware, calibration)
+    problem = _problem(plan, architecture, hardware, calibration, taken_bytes)
     if needs(plan, problem) <= problem.machine.room_bytes:
         return narrowed
     tried: list[tuple[float, Fit]] = []
@@ -113,9 +118,13 @@ def fitted(
     return Narrowed(best.plan, {**narrowed.reasons, **_changes(plan, best)})
 
 
-def _problem(plan: Plan, architecture: Architecture, hardware: Hardware, calibration: Calibrated | None) -> Problem:
-    task = Task(kind="generation", input_tokens=plan.data.max_length)
-    return Problem(task, Machine.of(hardware).one, architecture, Limits(), {}, calibration)
+def _problem(
+    plan: Plan, architecture: Architecture, hardware: Hardware, calibration: Calibrated | None, taken_bytes: int
+) -> Problem:
+    # How long answers are is for the rows to say: the ladder looks at them (``client.ladder``).
+    task, machine = Task(kind="generation", input_tokens=plan.data.max_length, output_tokens=0), Machine.of(hardware).one
+    room = replace(machine, room_bytes=machine.room_bytes - taken_bytes)
+    return Problem(task, room, architecture, Limits(), {}, calibration)
 
 
 def _held(plan: Plan, precision: Precision) -> Plan:

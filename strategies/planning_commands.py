@@ -1,6 +1,7 @@
 """Verbs that look before they train: ``fedge probe-hardware``, ``memory``, ``plan``, ``compare`` and ``roadmap``."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -8,7 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from protocol.errors import shown
+
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from strategies.calibration import Point
     from strategies.hardware import Gpu
     from strategies.memory import Estimate
     from strategies.request import Answer
@@ -39,7 +46,6 @@ def probe_hardware(gpu_memory: GpuMemory = None, gpus: Gpus = None, profile: Pro
     if as_json:
         typer.echo(json.dumps({"gpus": [_gpu(gpu) for gpu in found.gpus], **rest}))
         return
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("what", "found", title="hardware")
@@ -58,7 +64,7 @@ def probe_hardware(gpu_memory: GpuMemory = None, gpus: Gpus = None, profile: Pro
     table.add_row("CPU cores", str(found.cpu_cores))
     table.add_row("RAM", f"{found.ram_free_bytes / 1e9:.1f} of {found.ram_total_bytes / 1e9:.1f} GB free")
     table.add_row("disk", f"{found.disk_free_bytes / 1e9:.0f} GB free")
-    Console().print(table)
+    _console().print(table)
 
 
 def memory(
@@ -116,17 +122,25 @@ def memory(
         setup = Setup(**values)
     except ConfigurationError as error:
         problems += error.problems
+    architecture = None
     try:
+        # A hub is asked, again and again, only where an answer will come of it.
+        if problems and not Path(config).expanduser().exists() and config != "tiny":
+            raise ModelError(f"{shown(config, 200)} was not looked for: it is no file or folder, and the rest is not right yet")
         architecture = read(config)
+        if method in ("lora", "qlora"):
+            architecture.targets(values["targets"])
     except ModelError as error:
-        problems.append(f"config: {error}")
-    if problems:
+        problems.append(f"{'targets' if architecture else 'config'}: {error}")
+    if problems or architecture is None:
         raise ConfigurationError("fedge memory", problems)
     found = estimate(architecture, setup)
     if as_json:
         typer.echo(json.dumps({**asdict(found), "parameters": architecture.parameters, "setup": asdict(setup)}))
         return
     _show(f"{architecture.model_type}, {architecture.parameters / 1e9:.2f} B parameters, {method}", found)
+    if 0 < architecture.context < sequence_length:
+        typer.echo(f"! the base reads {architecture.context} tokens at most; rows of {sequence_length} are cut to that")
 
 
 Question = Annotated[Path | None, typer.Argument(help="YAML: base_model, data, task, limits, hardware, wishes.")]
@@ -153,25 +167,30 @@ def plan(
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Take a few real steps here first, and keep what they show.")
     ] = False,
-    output: Annotated[Path | None, typer.Option(help="Write the YAML that fedge train takes; one file for each stage.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the YAML that fedge train takes, with every stage.")] = None,
     as_json: Json = False,
 ) -> None:
     """Finds the best way to fine-tune that fits this machine, and says why."""
     from strategies.request import answer
 
-    asked = _asked(question, base_model, data, task, limit, wish, gpu_memory, gpus, profile)
-    found = answer(asked)
+    asked = _asked(question, base_model, data, task, limit, wish, gpu_memory, gpus, profile, output)
+    found, measured = answer(asked), None
     if calibrate and found.selection.chosen:
         from strategies.calibration import calibrate as measure
 
-        found = answer(asked, measure(found.selection.chosen.plan.model_copy(update={"base_model": asked.base_model})))
+        shown_here = measure(found.selection.chosen.plan.model_copy(update={"base_model": asked.base_model}))
+        found, measured = answer(asked, shown_here), shown_here.points[-1]
     written = _write(found, output) if output else []
     if as_json:
-        typer.echo(json.dumps({**_answered(found), "written": [str(path) for path in written]}))
+        told = {"calibrated": measured.model_dump()} if measured else {}
+        typer.echo(json.dumps({**_answered(found), **told, "written": [str(path) for path in written]}))
     else:
+        _show_measured(measured)
         _show_answer(found, explain=explain)
         for path in written:
             typer.echo(f"wrote {path}")
+            if asked.data is None:
+                typer.echo("! it names no rows: add data.train before fedge train, or plan with --data")
     if found.selection.chosen is None:
         raise typer.Exit(1)
 
@@ -194,9 +213,13 @@ def compare(
     found = answer(_asked(question, base_model, data, task, limit, wish, gpu_memory, gpus, profile))
     if as_json:
         rejected = [asdict(one) for one in found.selection.rejected]
-        typer.echo(json.dumps({"strategies": [_told(one) for one in found.selection.feasible], "rejected": rejected}))
-        return
-    _show_candidates(found)
+        told = {"strategies": [_told(one) for one in found.selection.feasible], "rejected": rejected}
+        typer.echo(json.dumps(told | {"warnings": found.selection.warnings}))
+    else:
+        _show_candidates(found)
+        _show_warnings(found)
+    if not found.selection.feasible:
+        raise typer.Exit(1)
 
 
 def roadmap(
@@ -218,7 +241,9 @@ def roadmap(
     found = answer(_asked(question, base_model, data, task, limit, wish, gpu_memory, gpus, profile))
     phases = lay_out(found)
     if as_json:
-        typer.echo(json.dumps({"phases": [_phase(phase) for phase in phases], "warnings": found.selection.warnings}))
+        rejected = [asdict(one) for one in found.selection.rejected] if not phases else []
+        told = {"phases": [_phase(phase) for phase in phases], "warnings": found.selection.warnings, "rejected": rejected}
+        typer.echo(json.dumps(told))
     elif phases:
         for number, phase in enumerate(phases, 1):
             _show_phase(number, phase)
@@ -238,74 +263,74 @@ def _asked(
     gpu_memory: str | None,
     gpus: int | None,
     profile: str | None,
+    output: Path | None = None,
 ) -> Any:
     """The request of a file, with what the command line says on top."""
     from protocol.configuration import parse, read_yaml
-    from protocol.errors import ConfigurationError
-    from strategies.request import Request, problems_of
+    from strategies.request import Request
+    from strategies.request import asked as checked
 
     content = {} if question is None else read_yaml(question)
     if not isinstance(content, dict):
         parse(content, Request, source=str(question))
-    problems: list[str] = []
+    problems = _unwritable(output, question, data) if output else []
     if data is None and question is not None and isinstance(named := content.get("data"), str):
         content["data"] = str(question.resolve().parent / named)
-    content |= {name: value for name, value in (("base_model", base_model), ("data", data and str(data))) if value}
+    content |= {name: value for name, value in (("base_model", base_model), ("data", data and str(data))) if value is not None}
     machine = {"gpu_memory": gpu_memory, "gpus": gpus, "profile": profile}
-    if any(value is not None for value in machine.values()):
-        content["hardware"] = {name: value for name, value in machine.items() if value is not None}
-    for section, given in (("task", task), ("limits", limit), ("wishes", wish)):
-        content[section] = {**(content.get(section) or {}), **_pairs(given or (), section, problems)}
+    said = {"task": _pairs(task or (), "--task", problems), "limits": _pairs(limit or (), "--limit", problems)}
+    said |= {"wishes": _pairs(wish or (), "--wish", problems)}
+    said |= {"hardware": {name: value for name, value in machine.items() if value is not None}}
+    for section, given in said.items():
+        if (there := content.get(section)) is None:
+            content[section] = given
+        elif isinstance(there, dict):
+            content[section] = {**there, **given}
+    return checked(content, str(question or "command line"), problems)
+
+
+def _unwritable(output: Path, *read: Path | None) -> list[str]:
+    """Why a file must not be written there."""
+    expected = "expected the path of a YAML file, new or to be replaced"
     try:
-        if problems:
-            raise ConfigurationError("command line", problems)
-        return parse(content, Request, source=str(question or "command line"))
-    except ConfigurationError as error:  # the parts may have problems of their own: all are told at once
-        more = [problem for problem in problems_of(content) if problem.partition(": ")[2] not in " ".join(error.problems)]
-        raise ConfigurationError(error.source, [*error.problems, *more]) from None
+        if output.exists() and not output.is_file():
+            return [f"--output: {output} is no file; {expected}"]
+        if any(one is not None and one.exists() and output.exists() and one.samefile(output) for one in read):
+            return [f"--output: {output} is what is read here; {expected}"]
+        above = next(folder for folder in output.resolve().parents if folder.exists())
+    except OSError as error:
+        return [f"--output: {error.strerror}; {expected}"]
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        return [f"--output: nothing can be written below {above}; {expected}"]
+    return []
 
 
-def _pairs(given: Sequence[str], section: str, problems: list[str]) -> dict[str, Any]:
+def _pairs(given: Sequence[str], option: str, problems: list[str]) -> dict[str, Any]:
     from protocol.configuration import value_of
 
     found = {}
     for text in given:
         name, equals, value = text.partition("=")
         if not equals or not name:
-            problems.append(f"--{section.rstrip('s') if section != 'wishes' else 'wish'}: found {text!r}, expected NAME=VALUE")
+            problems.append(f"{option}: found {text[:100]!r}, expected NAME=VALUE")
             continue
         found[name] = value_of(value)
     return found
 
 
 def _write(found: "Answer", output: Path) -> list[Path]:
-    """One job for each stage; a later one goes on from the adapter of the one before."""
+    """The job, with all of its stages."""
     import yaml
 
     from protocol.files import write_whole
     from strategies.request import job_of
-    from strategies.settings import REWARD_STAGE
 
-    written: list[Path] = []
     chosen = found.selection.chosen
     if chosen is None:
-        return written
-    start: Path | None = None
-    reward: Path | None = None
-    for number, stage in enumerate(chosen.stages, 1):
-        path = output if number == 1 else output.with_name(f"{output.stem}-{number}-{stage.objective}{output.suffix}")
-        kept = (path.parent / "runs" / path.stem).resolve()
-        begins = None if stage.objective == "reward" else start
-        job = job_of(stage, chosen.reasons, found.request, kept, begins)
-        if stage.rl.reward_model == REWARD_STAGE and reward:
-            job["rl"]["reward_model"] = str(reward)
-        write_whole(path, yaml.safe_dump(job, sort_keys=False))
-        written.append(path)
-        if stage.objective == "reward":
-            reward = kept / "adapter"
-        else:
-            start = kept / "adapter"
-    return written
+        return []
+    kept = (output.parent / "runs" / output.stem).resolve()
+    write_whole(output, yaml.safe_dump(job_of(chosen.stages, chosen.why, found.request, kept), sort_keys=False))
+    return [output]
 
 
 def _answered(found: "Answer") -> dict[str, Any]:
@@ -321,6 +346,7 @@ def _answered(found: "Answer") -> dict[str, Any]:
         "tier": selection.tier,
         "task": found.task.model_dump(mode="json"),
         "measured": list(found.measured),
+        "assumed": found.assumed,
     }
 
 
@@ -330,9 +356,12 @@ def _told(one: "Candidate") -> dict[str, Any]:
         "rule": one.rule.id,
         "stages": [stage.model_dump(mode="json", exclude_defaults=True) for stage in one.stages],
         "reasons": dict(one.reasons),
+        "stage_reasons": [dict(why) for why in one.why],
+        "given_up": list(one.given_up),
         "peak_bytes": one.peak_bytes,
         "hours": None if one.seconds is None else one.seconds / 3600,
         "money": one.money,
+        "kwh": one.kwh,
         "quality": one.quality,
         "complexity": one.complexity,
         "preference": one.preference,
@@ -346,64 +375,88 @@ def _phase(phase: "Phase") -> dict[str, Any]:
 
 
 def _show_answer(found: "Answer", *, explain: bool) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     from strategies.request import decided
 
-    console, selection = Console(), found.selection
-    if selection.chosen:
-        one = selection.chosen
-        table = Table("field", "value", "why", title=f"chosen: {one.name}")
-        for number, stage in enumerate(one.stages, 1):
-            for name, value in decided(stage, one.reasons).items():
-                why = one.reasons.get(name, "") if number == 1 else ""
-                table.add_row(f"{number}. {name}" if len(one.stages) > 1 else name, _short(value), why)
-        console.print(table)
+    console, selection = _console(), found.selection
+    if found.assumed:
+        console.print(f"assumed, for want of data: {', '.join(f'{name}={value}' for name, value in found.assumed.items())}")
+    if one := selection.chosen:
+        console.print(f"chosen: {one.name}")
+        before: dict[str, Any] = {}
+        for number, (stage, why) in enumerate(zip(one.stages, one.why, strict=True), 1):
+            fields = decided(stage, why)
+            if len(one.stages) > 1:
+                console.print(f"stage {number}: {stage.objective}{' (the rest as in stage 1)' if before else ''}")
+            table = _plain_table("field", "value", "why")
+            for name, value in fields.items():
+                if name not in before or before[name] != value:
+                    table.add_row(name, _short(value), why.get(name, ""))
+            console.print(table)
+            before = before or fields
     _show_candidates(found)
-    for warning in selection.warnings:
-        console.print(f"! {warning}", highlight=False)
-    for advice in selection.advice:
-        console.print(f"· {advice}", highlight=False)
+    _show_warnings(found)
+    for advice in selection.advice if selection.chosen else ():
+        console.print(f"· {advice}")
     if not explain:
         return
     console.print(f"tier: {selection.tier}")
     for rule in selection.rules:
         when = " and ".join(map(str, rule.when)) or "always"
-        console.print(f"rule {rule.id}: {when} ({rule.source})", highlight=False)
+        console.print(f"rule {rule.id}: {when} ({rule.source})")
     for rung in selection.ladder:
-        console.print(f"on out of memory: {rung.change} ({rung.needs_bytes / 1e9:.1f} GB)", highlight=False)
+        console.print(f"on out of memory: {rung.change} ({rung.needs_bytes / 1e9:.1f} GB)")
     if found.measured:
         console.print(f"measured on the data: {', '.join(f'{n}={getattr(found.task, n)}' for n in found.measured)}")
 
 
-def _show_candidates(found: "Answer") -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _show_measured(point: "Point | None") -> None:
+    if point is None:
+        return
+    memory = f", {point.bytes / 1e9:.2f} GB (estimated {point.estimated_bytes / 1e9:.2f})" if point.bytes else ""
+    typer.echo(
+        f"measured on {point.device}: {point.seconds:.3g} s a step (estimated {point.estimated_seconds:.3g}){memory}; kept, "
+        "and estimates here are corrected by it. Evaluations and loading the model come on top."
+    )
 
-    table = Table("strategy", "GB", "hours", "money", "quality", "complexity", "value", title="what fits")
+
+def _show_warnings(found: "Answer") -> None:
+    for warning in found.selection.warnings:
+        _console().print(f"! {warning}")
+
+
+def _show_candidates(found: "Answer") -> None:
+    limits = found.request.limits
+    price = ("money",) if limits.gpu_hour is not None or limits.kwh is not None else ()
+    table, console = _plain_table("strategy", "GB", "time", *price, "kWh", "quality", "complexity", "value"), _console()
     for one in found.selection.feasible:
-        hours = "?" if one.seconds is None else f"{one.seconds / 3600:.3g}"
         money = "?" if one.money is None else f"{one.money:.2f}"
-        row = (f"{one.peak_bytes / 1e9:.1f}", hours, money, one.quality, str(one.complexity), f"{one.value:.3g}")
-        table.add_row(one.name, *row)
-    console = Console()
+        kwh = "?" if one.kwh is None else f"{one.kwh:.2g}"
+        row = (f"{one.peak_bytes / 1e9:.1f}", _lasting(one.seconds), *((money,) if price else ()), kwh, one.quality)
+        table.add_row(f"{one.name}{' *' if one.given_up else ''}", *row, str(one.complexity), f"{one.value:.3g}")
     if found.selection.feasible:
+        console.print("\nwhat fits")
         console.print(table)
-    out = Table("strategy", "why not", title="what does not")
+    for one in found.selection.feasible:
+        if one.given_up and one is not found.selection.chosen:  # of the chosen one, the warnings say it
+            console.print(f"* {one.name}: {'; '.join(one.given_up)}")
+    reasons: dict[str, list[str]] = {}
     for rejected in found.selection.rejected:
-        out.add_row(rejected.name, rejected.reason)
-    if found.selection.rejected:
+        reasons.setdefault(rejected.reason, []).append(rejected.name)
+    out = _plain_table("strategy", "why not")
+    for reason, names in reasons.items():
+        out.add_row("; ".join(names), reason)
+    if reasons:
+        console.print("\nwhat does not")
         console.print(out)
 
 
 def _show_phase(number: int, phase: "Phase") -> None:
-    from rich.console import Console
+    from rich.text import Text
 
-    console = Console(highlight=False)
-    console.print(f"[bold]{number}. {phase.name}[/bold]: {phase.goal}")
+    console = _console()
+    console.print(Text(f"{number}. {phase.name}", style="bold") + f": {phase.goal}")
     if phase.plan:
-        hours = "hours not known" if phase.hours is None else f"{phase.hours:.3g} h"
+        hours = "time not known" if phase.hours is None else _lasting(3600 * phase.hours)
         money = "" if phase.money is None else f", {phase.money:.2f}"
         console.print(f"   {phase.strategy}, {phase.rows} rows, {phase.peak_bytes / 1e9:.1f} GB, {hours}{money}")
     for title, lines in (("begins when", phase.entry), ("ends when", phase.exit), ("risk", phase.risks)):
@@ -411,8 +464,32 @@ def _show_phase(number: int, phase: "Phase") -> None:
             console.print(f"   {title}: {line}")
 
 
+def _console() -> "Console":
+    """Prints names and reasons as they are: what stands in brackets is no markup."""
+    from rich.console import Console
+
+    return Console(markup=False, highlight=False, emoji=False)
+
+
+def _plain_table(*columns: str) -> "Table":
+    """Without lines: names of fields must be read whole, and a terminal may have 80 columns."""
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for at, name in enumerate(columns):
+        table.add_column(name, no_wrap=name == "field" or (at == 0 and len(columns) > 2), overflow="fold")
+    return table
+
+
+def _lasting(seconds: float | None) -> str:
+    if seconds is None:
+        return "?"
+    value, unit = (seconds, "s") if seconds < 100 else (seconds / 60, "min") if seconds < 6000 else (seconds / 3600, "h")
+    return f"{value:.3g} {unit}" if value < 100 else f"{value:.0f} {unit}"
+
+
 def _short(value: Any) -> str:
-    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    text = shown(", ".join(map(str, value)) if isinstance(value, list) else str(value))
     return text if len(text) <= 40 else f"{text[:37]}…"
 
 
@@ -424,7 +501,6 @@ _COLOURS = ("blue", "cyan", "green", "yellow", "magenta", "red", "bright_blue", 
 
 
 def _show(title: str, found: "Estimate") -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -433,12 +509,13 @@ def _show(title: str, found: "Estimate") -> None:
         "context": found.device_bytes - found.reserved_bytes,
     }
     parts = {**found.parts, **{name: size for name, size in beyond.items() if size}}
-    table, bar, console = Table("part", "GB", "", title=title), Text(), Console()
-    width = max(20, min(console.width, 100) - 2)
+    table, bar, console = Table("part", "GB", "share", title=title), Text(), _console()
+    width, block = max(20, min(console.width, 100) - 2), "█" if console.encoding.startswith("utf") else "#"
     for (name, size), colour in zip(sorted(parts.items(), key=lambda item: -item[1]), _COLOURS * 2, strict=False):
         table.add_row(Text(name, style=colour), f"{size / 1e9:.2f}", f"{size / found.device_bytes:.0%}")
-        bar.append("█" * round(width * size / found.device_bytes), style=colour)
+        bar.append(block * round(width * size / found.device_bytes), style=colour)
     console.print(table)
+    console.print("shares of the device's memory that is taken, in the order of the table:")
     console.print(bar)
     console.print(
         f"peak {found.peak_bytes / 1e9:.2f} GB ({found.moment}), reserved {found.reserved_bytes / 1e9:.2f}, "

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 from protocol.plan import COMPRESSED, ON_THE_BASE, QUANTISED, Plan
 from strategies.request import Answer
-from strategies.selector import Candidate, select
+from strategies.selector import Candidate
 from strategies.task import Task
 
-_TRIAL_ROWS = 500
+_TRIAL_ROWS, _TRIAL_PASSES = 500, 3.0
 _TIGHT = 0.85
 _FEW_ROWS = 500
 _METRICS = {
@@ -56,7 +56,7 @@ def roadmap(answer: Answer) -> tuple[Phase, ...]:
     chosen = answer.selection.chosen
     if chosen is None:
         return ()
-    made = [_trial(answer), *_training(answer, chosen)]
+    made = [_trial(answer, chosen), *_training(answer, chosen)]
     if answer.task.private:
         made.append(_federated(answer, chosen))
     if answer.task.on_device:
@@ -64,13 +64,13 @@ def roadmap(answer: Answer) -> tuple[Phase, ...]:
     return (*made, _production(answer, chosen))
 
 
-def _trial(answer: Answer) -> Phase:
-    task = answer.task
+def _trial(answer: Answer, chosen: Candidate) -> Phase:
+    """The first stage itself, on few rows: what else would tell whether its rate, rank and length are right?"""
+    task, plan, fit = answer.task, chosen.plan, chosen.fits[0]
     rows = min(_TRIAL_ROWS, task.rows)
-    small = task.model_copy(
-        update={"rows": rows, "quality": "draft", "speed": "fast", "situation": "prototype", "feedback": "none"}
-    )
-    found = select(small, answer.hardware, answer.architecture, answer.request.limits).chosen
+    passes = min(plan.training.num_train_epochs, _TRIAL_PASSES)
+    trial = plan.model_copy(update={"training": plan.training.model_copy(update={"num_train_epochs": passes})})
+    share = rows * passes / (task.rows * plan.training.num_train_epochs)
     held = max(20, round(0.1 * task.rows))
     return Phase(
         "quick validation",
@@ -78,15 +78,16 @@ def _trial(answer: Answer) -> Phase:
         (f"{held} rows are held out, and none of them is a near duplicate of a training row",),
         (
             f"held-out {_METRICS[task.kind]} is better than the base's on the same rows",
-            "fifty rows, trained on for ten passes, are known by heart: data and loss fit together",
+            f"fifty rows, read for twenty passes with the same settings ({chosen.name}), are known by heart: rate, rank and "
+            "length can learn",
         ),
         tuple(_data_risks(task)),
-        found.name if found else "",
-        found.plan if found else None,
+        chosen.name,
+        trial,
         rows,
-        found.peak_bytes if found else 0,
-        _hours(found.seconds) if found else None,
-        found.money if found else None,
+        fit.estimate.device_bytes,
+        _hours(fit.cost.total_seconds * share) if fit.cost else None,
+        fit.cost.money * share if fit.cost and fit.cost.money is not None else None,
     )
 
 
@@ -214,7 +215,7 @@ def _plan_risks(plan: Plan, peak_bytes: int, answer: Answer) -> list[str]:
         )
     if plan.objective == "rl":
         told.append("the reward may be met without what was meant by it: read answers, not the curve")
-    cut = answer.task.longest_tokens or answer.task.input_tokens
+    cut = answer.task.longest_row
     if cut > plan.data.max_length:
         told.append(f"rows beyond {plan.data.max_length} tokens are cut (the longest has {cut})")
     return told

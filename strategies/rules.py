@@ -21,8 +21,6 @@ from strategies.task import Task
 
 # Where LoRA attaches, by role; ``strategies.targets`` knows what an architecture calls them.
 Targets = Literal["query-value", "query-key-value-dense", "attention", "all-linear"]
-# What is not a Plan's: methods and ways of learning that are asked for by name.
-Strategy = Method | Literal["experts", "multi-task", "ai-feedback"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class Proposal:
         stages: Objectives one after the other; empty: that of the task.
     """
 
-    method: Strategy
+    method: Method
     preference: float
     stages: tuple[Objective, ...] = ()
 
@@ -82,6 +80,7 @@ class Rule:
         settings: Dotted Plan fields, and ``targets`` by role, for the methods in ``proposes`` (for all where that is empty).
         advises: What it has to say beyond a plan.
         forbids: Methods that must not be taken.
+        measured: What was measured here to be better than a setting of the source, and why: it goes before ``settings``.
     """
 
     id: str
@@ -90,7 +89,8 @@ class Rule:
     proposes: tuple[Proposal, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     advises: str = ""
-    forbids: tuple[Strategy, ...] = ()
+    forbids: tuple[Method, ...] = ()
+    measured: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
 
     def fires(self, facts: Mapping[str, Any]) -> bool:
         """Whether all its conditions hold."""
@@ -183,7 +183,8 @@ RULES: tuple[Rule, ...] = (
         "ai-feedback",
         "Bai 2022: no human labels: a judge model labels pairs, then DPO",
         _when(feedback="judge"),
-        (Proposal("ai-feedback", 0.95, ("sft", "dpo")), Proposal("lora", 0.6, ("sft",))),
+        (Proposal("lora", 0.95, ("sft", "dpo")), Proposal("lora", 0.6, ("sft",))),
+        advises="the judge compares the model's own answers to prompts, and the pairs are made of them (docs/objectives.md)",
     ),
     # ---- classification --------------------------------------------------------------------------------------------------
     Rule(
@@ -198,6 +199,7 @@ RULES: tuple[Rule, ...] = (
         _when(kind="classification", classes=("<=", 5), rows=("<", 1000)),
         (Proposal("lora", 1.0), Proposal("bitfit", 0.8), Proposal("full", 0.6)),
         {"targets": "query-value", "lora.r": 8, "training.num_train_epochs": 5.0, "training.learning_rate": 2e-5},
+        measured={"training.learning_rate": (1e-3, "RATEWHY")},
     ),
     Rule(
         "classification-many-classes",
@@ -213,7 +215,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "classification-between",
-        "fedge: neither few classes and rows nor many",
+        "fedge: 6 to 20 classes, or 1000 to 10 000 rows",
         _when(kind="classification"),
         (Proposal("lora", 1.0), Proposal("full", 0.8), Proposal("freezing", 0.75), Proposal("bitfit", 0.7)),
         {"targets": "query-key-value-dense", "lora.r": 16},
@@ -250,13 +252,16 @@ RULES: tuple[Rule, ...] = (
         "rich-multi-task",
         "Raffel 2020, fedge: plenty of resources and several tasks: full fine-tuning on a mixture",
         _when(tasks=(">", 1), quality="critical", gpus=(">", 1)),
-        (Proposal("multi-task", 1.0), Proposal("full", 0.95), Proposal("adalora", 0.9)),
+        (Proposal("full", 1.0), Proposal("adalora", 0.9)),
+        {"data.temperature": 2.0},
     ),
     Rule(
         "many-tasks",
         "Zhang 2023, Raffel 2020: many tasks: AdaLoRA, or multi-task with temperature sampling",
         _when(tasks=(">", 1)),
-        (Proposal("adalora", 1.0), Proposal("multi-task", 0.95), Proposal("lora", 0.9)),
+        (Proposal("adalora", 1.0), Proposal("lora", 0.95)),
+        {"data.temperature": 2.0},
+        advises="name each task's rows under data.tasks: small tasks are drawn more often than their size says",
     ),
     # ---- generation ------------------------------------------------------------------------------------------------------
     Rule(
@@ -288,7 +293,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "near-pretraining",
         "Ben Zaken 2022: a task near pre-training: BitFit",
-        _when(answers=True, shift="pretraining"),
+        _when(kind=("in", ("generation", "question-answering", "code")), shift="pretraining"),
         (Proposal("bitfit", 1.0), Proposal("lora", 0.9)),
     ),
     Rule(
@@ -350,7 +355,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "consumer-gpu",
         "Dettmers 2023, fedge: one consumer GPU: QLoRA where LoRA does not fit, then DPO",
-        _when(gpus=1, consumer=True, answers=True),
+        _when(gpus=1, consumer=True, answers=True, feedback="none"),
         (Proposal("lora", 0.9),),
         advises="with preference pairs, DPO is the next stage on this GPU: its reference is the base without the adapter",
     ),
@@ -370,7 +375,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "low-memory",
-        "Lester 2021, Li and Liang 2021, fedge: below what QLoRA needs: prefixes or soft prompts",
+        "Lester 2021, Li and Liang 2021, fedge: where nothing better fits: prefixes or soft prompts",
         _when(answers=True),
         (Proposal("prefix-tuning", 0.5), Proposal("prompt-tuning", 0.45)),
     ),
@@ -410,13 +415,15 @@ OWN_RATES: Mapping[Method, float] = {
 }
 FROZEN_BY_SIMILARITY: tuple[tuple[float, float], ...] = ((0.8, 0.7), (0.5, 0.4), (0.0, 0.2))
 # What a method can learn at best, beside full fine-tuning: our reading of the comparisons in the papers above.
-CAPACITY: Mapping[Strategy, float] = {
+CAPACITY: Mapping[Method, float] = {
     "full": 1.0,
     "lora": 0.96,
     "qlora": 0.94,
     "adalora": 0.96,
     "freezing": 0.94,
     "bottleneck": 0.93,
+    "experts": 0.95,
+    "xlora": 0.93,
     "ia3": 0.86,
     "p-tuning-v2": 0.86,
     "prefix-tuning": 0.82,
@@ -424,7 +431,7 @@ CAPACITY: Mapping[Strategy, float] = {
     "prompt-tuning": 0.72,
 }
 # How much a user must know to run it and to see when it goes wrong, 1 to 5; a beginner is not handed more than 2.
-COMPLEXITY: Mapping[Strategy, int] = {
+COMPLEXITY: Mapping[Method, int] = {
     "lora": 1,
     "qlora": 1,
     "prompt-tuning": 2,
@@ -436,9 +443,8 @@ COMPLEXITY: Mapping[Strategy, int] = {
     "adalora": 3,
     "freezing": 2,
     "full": 2,
-    "multi-task": 3,
     "experts": 4,
-    "ai-feedback": 4,
+    "xlora": 4,
 }
 STAGE_COMPLEXITY: Mapping[Objective, int] = {"dpo": 2, "kto": 2, "reward": 3, "rl": 5}
 MOST_COMPLEX: Mapping[str, int] = {"beginner": 2, "intermediate": 3, "expert": 5}

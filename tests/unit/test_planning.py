@@ -9,6 +9,7 @@ import yaml
 
 import fedge
 from protocol.configuration import load
+from protocol.plan import Plan
 from strategies.job import Job
 
 SEVEN = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000}
@@ -72,18 +73,22 @@ def test_critical_quality_that_does_not_fit_is_said_with_the_number_and_the_next
     assert warning.endswith("next best: lora bf16")
 
 
-def test_what_is_written_is_what_fedge_train_takes_one_file_for_each_stage(ask):
+def test_what_is_written_is_what_fedge_train_takes_with_every_stage_in_one_file(ask):
     rows = Path("rows.jsonl")
     rows.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 30)
     wishes = ("--wish", "lora.r=4", "--wish", "training.learning_rate=1e-3")
     code, told, err = ask("plan", "--data", rows, *wishes, "--output", "plan.yaml", "--json")
     assert code == 0, err
     assert told["measured"], "facts of the rows"
-    assert [Path(path).name for path in told["written"]] == ["plan.yaml", "plan-2-dpo.yaml"]
-    first, second = (load(Path(path), Job).beside(Path(path)) for path in told["written"])
+    assert [Path(path).name for path in told["written"]] == ["plan.yaml"]
+    first, second = load(Path("plan.yaml"), Job).beside(Path("plan.yaml")).jobs()
     assert (first.lora.r, first.training.learning_rate, first.data.train) == (4, 1e-3, rows.resolve())
     assert second.objective == "dpo"
     assert second.start == first.output / "adapter"
+    for stage, plan in zip((first, second), told["chosen"]["stages"], strict=True):
+        of_plan = {name: getattr(stage, name) for name in Plan.model_fields if name not in ("base_model", "data")}
+        chosen = Plan.model_validate(plan)
+        assert of_plan == {name: getattr(chosen, name) for name in of_plan}, "what is written is what was chosen"
 
 
 def test_the_second_stage_goes_on_from_the_first_ones_adapter(ask):

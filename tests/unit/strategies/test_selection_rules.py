@@ -144,7 +144,6 @@ def test_on_a_device_the_base_has_4_or_8_bits_and_whole_weights_never_train():
 @pytest.mark.parametrize(
     ("rule", "task", "name"),
     [
-        ("multi-domain-capacity", {"domains": 2, "one_model": True, "expertise": "expert"}, "experts"),
         ("many-tasks", {"tasks": 2}, "multi-task"),
         ("rich-multi-task", {"tasks": 2, "quality": "critical"}, "multi-task"),
         ("ai-feedback", {"feedback": "judge", "expertise": "expert"}, "ai-feedback"),
@@ -157,6 +156,17 @@ def test_what_a_rule_asks_for_and_this_version_lacks_is_rejected_by_name_and_the
     reasons = [one.reason for one in found.rejected if one.name.startswith(name)]
     assert reasons
     assert all("not built in this version" in reason for reason in reasons)
+
+
+def test_experts_are_for_several_domains_in_one_model_and_need_a_base_that_has_some():
+    several = {"domains": 2, "one_model": True, "expertise": "expert"}
+    dense = chosen(several)
+    assert "multi-domain-capacity" in ids(dense)
+    assert {one.reason for one in dense.rejected if one.name.startswith("experts")} == {
+        "the base has no experts; give a mixture of experts"
+    }
+    mixture = LLAMA | {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 1024}
+    assert chosen(several, mixture).chosen.plan.method == "experts"
 
 
 def test_low_memory_takes_qlora_where_lora_does_not_fit_and_soft_prompts_below_that():
