@@ -1,5 +1,6 @@
 """The ``fedge`` command: mounts each folder's verbs. Heavy imports happen inside a verb, so that ``--help`` is instant."""
 
+import io
 import logging
 import sys
 from typing import Annotated
@@ -8,8 +9,13 @@ import typer
 
 import server.commands
 import simulations.commands
+import strategies.adapter_commands
 import strategies.commands
+import strategies.data_commands
+import strategies.evaluation_commands
+import strategies.label_commands
 import strategies.planning_commands
+import strategies.probing_commands
 from protocol.errors import AdapterError, FedgeError, UserError
 from strategies.libraries import calm
 
@@ -20,10 +26,16 @@ app = typer.Typer(
     invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    suggest_commands=False,  # click does
 )
 simulations.commands.mount(app)
 strategies.commands.mount(app)
+strategies.data_commands.mount(app)
+strategies.adapter_commands.mount(app)
+strategies.evaluation_commands.mount(app)
+strategies.label_commands.mount(app)
 strategies.planning_commands.mount(app)
+strategies.probing_commands.mount(app)
 server.commands.mount(app)
 
 
@@ -47,9 +59,10 @@ def main() -> None:
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     if not debug:
         calm()
-        flower = logging.getLogger("flwr")
-        flower.setLevel(logging.WARNING)
-        flower.addFilter(_without_traceback)
+        logging.getLogger("flwr").addFilter(_worth_saying)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character still shows the rest
     try:
         app()
     except FedgeError as error:
@@ -64,9 +77,10 @@ def main() -> None:
         sys.exit(1)
 
 
-def _without_traceback(record: logging.LogRecord) -> bool:
+def _worth_saying(record: logging.LogRecord) -> bool:
+    """A filter, for Flower sets its logger's level when it is imported."""
     record.exc_info = record.exc_text = None
-    return True
+    return record.levelno >= logging.WARNING
 
 
 if __name__ == "__main__":

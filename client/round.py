@@ -1,5 +1,6 @@
 """One round at a node: choose a plan, load, put the global adapter in, train on fresh rows, make the update."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from client.allowed import check
 from client.ladder import Ladder
 from client.memory import Memory
 from client.node import Node
@@ -22,20 +24,27 @@ from protocol.update import Update
 from strategies import architecture
 from strategies.base_model import Base, find, load_tokenizer
 from strategies.calibration import read_calibration
+from strategies.data.ai_feedback import made, stand_ins
+from strategies.data.card import write_beside
 from strategies.data.encode import encode, is_usable
-from strategies.data.formats import LabelledText, Row, load, load_groups
-from strategies.data.splits import hold_out, read_on, window
+from strategies.data.formats import LabelledText, Row
+from strategies.data.mixture import Gathered, gathered, probe_rows
+from strategies.data.prepared import summary
+from strategies.data.splits import read_on, window
 from strategies.evaluation.measure import measure
+from strategies.forgetting import FIGURES
 from strategies.label_head import last_layer
 from strategies.methods import lora, registry
 from strategies.narrowing import Narrowed, fitted, narrow
+from strategies.residents import resident_bytes
 from strategies.training import Stretch, Trained, fit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+log = logging.getLogger("flwr")
 _SAMPLED = 64
-_TOLD = ("train-loss", "train-steps", "energy-kept", "weights-moved")
+_TOLD = ("train-loss", "train-steps", "energy-kept", "weights-moved", "rate-halved", *FIGURES)
 
 
 @dataclass(frozen=True)
@@ -58,28 +67,16 @@ def choose(wish: Plan, node: Node) -> Narrowed:
 
     Raises:
         HardwareError: Nothing fits this machine's memory.
-        ConfigurationError: The plan calls functions that the node does not list.
+        ConfigurationError: The plan names what the node does not list.
     """
-    _check_called(wish, node)
+    check(wish, node)
     narrowed = narrow(wish, node.tier, node.max_rank)
     try:
         known = architecture.read(find(wish.base_model).folder)
-        return fitted(narrowed, known, node.hardware(), None if node.described else read_calibration())
+        calibration = None if node.described else read_calibration()
+        return fitted(narrowed, known, node.hardware(), calibration, resident_bytes(narrowed.chosen))
     except ModelError as error:  # no estimate for such a base or target: the first step shows whether it fits
         return Narrowed(narrowed.chosen, {**narrowed.reasons, "memory": f"not estimated: {error}"})
-
-
-def _check_called(wish: Plan, node: Node) -> None:
-    """A plan comes from outside: of the functions on this machine it may name only those that the node allows."""
-    allowed = {name.strip() for name in (node.reward_functions or "").split(",")}
-    if unknown := [name for name in wish.rl.reward_functions if name not in allowed]:
-        raise ConfigurationError(
-            "node config",
-            [
-                f"reward_functions: the plan's rl.reward_functions names {', '.join(unknown)}, which it does not list; "
-                "add what may be called here"
-            ],
-        )
 
 
 def wish(call: Call, node: Node) -> Plan:
@@ -116,9 +113,14 @@ def join(call: Call, node: Node, memory: Memory | None = None) -> Offer:
     shape = registry.shape(base, plan)
     own = shape.head if plan.head.local else frozenset()
     tokenizer = load_tokenizer(base)
-    for rows, path in zip(_split(plan, node), (node.train, node.evaluate or node.train), strict=True):
+    found = _rows(plan, node).prepared
+    for line in summary(found.report):
+        log.warning("%s: %s", node.name, line)  # what is less than was given is never silent
+    named = str(node.train or "tasks")
+    for rows, what in ((found.training, named), (found.held_out, str(node.evaluate or named))):
         if not any(is_usable(row, tokenizer, plan.data.max_length, plan.objective) for row in rows):
-            raise DataError(_all_too_long(path, plan))
+            raise DataError(_all_too_long(what, plan))
+    _probe(plan, node)
     if memory is not None:
         plan = _tried(call, plan, base, node, memory)
     return Offer(
@@ -153,13 +155,16 @@ def train(received: Received, node: Node, memory: Memory) -> Work:
     personal = Personal.of(call, registry.shape(base, plan).head)
     parts = personal.before(memory, call.round)
     start = personal.joined(received.adapter, parts)
+    watched = held_out_rows(plan, node) if plan.training.eval_steps else []
+    learnt = made(taken, _of_round(plan, call.round), base, start, training=True)
+    held_out = made(watched, plan, base, received.reference, training=False).rows
 
     def attempt(plan: Plan) -> Trained:
         return fit(
             _of_round(plan, call.round),
             base,
-            taken,
-            held_out_rows(plan, node) if plan.training.eval_steps else (),
+            learnt.rows,
+            held_out,
             folder=node.folder / call.federation / f"round-{call.round:04d}" if node.folder else None,
             whole=node.whole_model,
             progress=node.progress,
@@ -169,9 +174,12 @@ def train(received: Received, node: Node, memory: Memory) -> Work:
             trains=call.trains,
             own_labels=own,
             stretch=_stretch(plan, call),
+            probe=_probe(plan, node),
         )
 
     trained, plan = Ladder(call, plan, node, memory, _usable(rows, base, plan)).train(attempt)
+    if node.folder:
+        _describe(node.folder / call.federation, plan, node, base)
     personal.remember(memory, call.round, parts, trained.adapter)
     shared = personal.shared(trained.adapter if call.fresh else _with_what_stayed(trained.adapter, start, call.r))
     manifest = Manifest(
@@ -183,16 +191,16 @@ def train(received: Received, node: Node, memory: Memory) -> Work:
         federation=call.federation,
         round=call.round,
         parent=call.digest,
-        num_examples=min(len(taken), _taken(plan) or len(taken)),
+        num_examples=min(len(learnt.rows), _taken(plan) or len(learnt.rows)),
     )
     update = Update(shared, manifest, _trained_rows(shared, own, registry.shape(base, plan).head, plan))
     told = {name: value for name, value in trained.metrics.items() if name in _TOLD}
-    return Work(update, told, dict(trained.metrics))
+    return Work(update, told, {**trained.metrics, **learnt.metrics})
 
 
 def _tried(call: Call, plan: Plan, base: Base, node: Node, memory: Memory) -> Plan:
     """The plan with which one real step, on the longest rows that a batch can be made of, did not run out of memory."""
-    rows, tokenizer = training_rows(plan, node), load_tokenizer(base)
+    rows, tokenizer = stand_ins(training_rows(plan, node), plan), load_tokenizer(base)
     longest = sorted(rows, key=lambda row: len(repr(row)), reverse=True)
 
     def attempt(plan: Plan) -> Trained:
@@ -206,35 +214,48 @@ def _tried(call: Call, plan: Plan, base: Base, node: Node, memory: Memory) -> Pl
 
 
 def evaluate(received: Received, node: Node, memory: Memory) -> tuple[dict[str, float], int]:
-    """Measures the global adapter, with this node's own parts, on its held-out rows; returns metrics and how many rows."""
+    """Measures the global adapter, with this node's own parts, on its held-out rows; returns metrics and how many rows.
+
+    Of several tasks each has its figures beside those of all, under ``TASK/``.
+    """
     call = received.call
     plan, base = choose(call.plan, node).chosen, _same_base(call)
-    rows = held_out_rows(plan, node)
+    found = _rows(plan, node)
     personal = Personal.of(call, registry.shape(base, plan).head)
     adapter = personal.joined(received.adapter, personal.before(memory, call.round + 1))
-    return measure(plan, base, rows, adapter, received.reference), len(rows)
+    parts = {"": found.prepared.held_out, **{f"{name}/": rows for name, rows in found.tasks.items()}}
+    told = {
+        f"{of}{figure}": value
+        for of, rows in parts.items()
+        for figure, value in measure(plan, base, rows, adapter, received.reference).items()
+    }
+    return told, len(found.prepared.held_out)
 
 
 def training_rows(plan: Plan, node: Node) -> list[Row]:
-    """Rows that may train: all of the file, or all but the held-out share."""
-    return load(node.train, plan) if node.evaluate else _split(plan, node)[0]
+    """Rows that may train: all of the file, or all but the held-out share; treated as plan and institution say."""
+    return list(_rows(plan, node).prepared.training)
 
 
 def held_out_rows(plan: Plan, node: Node) -> list[Row]:
     """Rows that must not train."""
-    return load(node.evaluate, plan) if node.evaluate else _split(plan, node)[1]
+    return list(_rows(plan, node).prepared.held_out)
 
 
-def _split(plan: Plan, node: Node) -> tuple[list[Row], list[Row]]:
-    """Rows that train and rows that are held out."""
-    if node.evaluate:
-        return load(node.train, plan), load(node.evaluate, plan)
-    groups = load_groups(node.train, plan)
-    if len(groups) < 2:
-        raise DataError(f"{node.train}: 1 row; holding rows out needs at least 2, or a separate evaluate file")
-    # Turns of one conversation stay together: the later ones quote the earlier ones.
-    train, held = hold_out(groups, plan.data.evaluate_fraction, plan.training.seed)
-    return [row for group in train for row in group], [row for group in held for row in group]
+def _rows(plan: Plan, node: Node) -> Gathered:
+    """Rows that train and rows that are held out, of all tasks and what is replayed beside them."""
+    return gathered(node.treating(plan), node.sources(), node.replay, _taken(plan))
+
+
+def _probe(plan: Plan, node: Node) -> list[Row]:
+    """Rows on which forgetting is measured; none where the plan sets no bound or the node has no probe."""
+    return probe_rows(node.probe, node.treating(plan)) if node.probe and plan.forgetting else []
+
+
+def _describe(folder: Path, plan: Plan, node: Node, base: Base) -> None:
+    """The data card stays at the node."""
+    treating = node.treating(plan)
+    write_beside(folder, _rows(plan, node).prepared, treating, load_tokenizer(base))
 
 
 def _counts_steps(plan: Plan, call: Call) -> bool:
@@ -263,8 +284,8 @@ def _rows_of(call: Call, rows: Sequence[Row], plan: Plan, base: Base) -> list[Ro
     raise DataError(f"round {call.round}: {len(rows)} rows, none with an answer within {plan.data.max_length} tokens")
 
 
-def _all_too_long(path: Path, plan: Plan) -> str:
-    return f"{path}: no row has anything to learn from within {plan.data.max_length} tokens; raise data.max_length"
+def _all_too_long(named: str, plan: Plan) -> str:
+    return f"{named}: no row has anything to learn from within {plan.data.max_length} tokens; raise data.max_length"
 
 
 def _taken(plan: Plan) -> int:

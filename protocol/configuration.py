@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from protocol.errors import ConfigurationError, shown
 
 M = TypeVar("M", bound=BaseModel)
+_MOST_LETTERS = 2**24
 
 
 def load(path: Path, model: type[M]) -> M:
@@ -30,7 +31,13 @@ def read_yaml(path: Path) -> Any:
         ConfigurationError: Missing or unreadable file, or broken YAML (with its line).
     """
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        with path.open(encoding="utf-8") as file:
+            text = file.read(_MOST_LETTERS + 1)
+        if len(text) > _MOST_LETTERS:
+            raise ConfigurationError(str(path), [f"over {_MOST_LETTERS} letters long; expected a file that somebody wrote"])
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except ConfigurationError:
+        raise
     except FileNotFoundError:
         raise ConfigurationError(str(path), ["no such file; give the path of a YAML file"]) from None
     except (OSError, UnicodeDecodeError) as error:
@@ -56,10 +63,18 @@ def parse(content: Any, model: type[M], *, source: str) -> M:
     if not isinstance(content, dict):
         found = "an empty file" if content is None else f"a {type(content).__name__}"
         raise ConfigurationError(source, [f"found {found}; expected a mapping with keys such as {_some_keys(model)}"])
+    respelt = getattr(model, "respelt", None)  # of a model whose files people write in other words too
+    content, problems = respelt(content) if respelt else (content, [])
     try:
-        return model.model_validate(content)
+        made = model.model_validate(content)
     except ValidationError as error:
-        raise ConfigurationError(source, _problems(error, copy.deepcopy(content), model)) from None
+        problems += _problems(error, copy.deepcopy(content), model)
+        inherited = set(problems) if respelt else set()
+        problems = [line for line in problems if re.sub(r"^stages\.\d+\.", "", line) not in inherited - {line}]
+        raise ConfigurationError(source, problems) from None
+    if problems:
+        raise ConfigurationError(source, problems)
+    return made
 
 
 def _problems(error: ValidationError, content: Any, model: type[BaseModel]) -> list[str]:

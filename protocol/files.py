@@ -6,6 +6,7 @@ numpy does not have, is widened to float32 on reading (exactly).
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -21,13 +22,15 @@ from safetensors.numpy import save_file
 from protocol.adapter import Adapter, Array
 from protocol.codec import encode
 from protocol.configuration import parse
-from protocol.errors import AdapterError, BaseMismatchError
+from protocol.errors import AdapterError, BaseMismatchError, shown
 from protocol.formats import CONFIG, WEIGHTS, understood, written
 from protocol.manifest import Manifest
 from protocol.plan import QUANTISED, Plan
 
 MANIFEST = "manifest.json"
 
+# Paths of modules with dots between them: no part is empty, and none steers a terminal.
+_PATH = re.compile(r"(?=.{1,300}\Z)[!-\-/-~]+(\.[!-\-/-~]+)*")
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 
 
@@ -132,7 +135,8 @@ class Stored:
         settings = dict(self.settings)
         if settings["method"] == "lora" and plan.precision in QUANTISED:
             settings["method"] = "qlora"
-        kept = plan.model_dump(include={"base_model", "objective", "precision", "head", "dpo", "kto", "rl", "data"})
+        objectives = {"head", "dpo", "kto", "rl", "distillation", "ai_feedback"}
+        kept = plan.model_dump(include={"base_model", "objective", "precision", "data", *objectives})
         kept["training"] = {"seed": plan.training.seed, "batch_size": plan.training.batch_size}
         return parse(kept | settings, Plan, source=str(self.folder))
 
@@ -207,12 +211,15 @@ def _read_tensors(path: Path) -> dict[str, Array]:
         raise AdapterError(f"{path}: not a safetensors file ({type(error).__name__})") from None
     tensors = {}
     for name, entry in entries:
+        if not _PATH.fullmatch(name):
+            raise AdapterError(f"{path}: a tensor is named {shown(name, 80)!r}; expected a path of modules with dots between")
         if entry["dtype"] not in _DTYPES:
             raise AdapterError(f"{path}: {name} has dtype {entry['dtype']}; expected one of {', '.join(_DTYPES)}")
         raw = np.frombuffer(entry["data"], dtype=_DTYPES[entry["dtype"]]).reshape(entry["shape"])
         if entry["dtype"] == "BF16":  # the upper half of a float32
             raw = (raw.astype(np.uint32) << 16).view(np.float32)
-        if not np.isfinite(raw).all():
-            raise AdapterError(f"{path}: {name} holds NaN or infinite values")
+        with np.errstate(over="ignore"):
+            if not np.isfinite(raw.astype(np.float32)).all():
+                raise AdapterError(f"{path}: {name} holds NaN, infinite values, or values that float32 has not")
         tensors[name] = raw
     return tensors

@@ -29,6 +29,7 @@ _PROMPT = "prompt_embeddings"
 _ONCE, _TWICE = "base_model.", "base_model.model."
 # What PEFT has no format for.
 _OURS = tuple(method for method in get_args(Method) if method not in (*LOW_RANK, *PROMPTS, "ia3"))
+_REPEATED = re.compile(r"\)[*+?{]")
 _HALVES = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 
 
@@ -226,7 +227,12 @@ def _number(config: Mapping[str, Any], key: str, folder: Path) -> float:
 
 
 def _names(key: str, module: str, folder: Path) -> bool:
-    """PEFT's rule (``peft.utils.get_pattern_key``): a key is a regular expression for the module or the end of its path."""
+    """PEFT's rule (``peft.utils.get_pattern_key``): a key is a regular expression for the module or the end of its path.
+
+    Of repeats and choices there may be few: some take time without end, and whoever wrote the file may have wanted that.
+    """
+    if sum(map(key.count, "*+?{")) > 2 or key.count("(") > 2 or _REPEATED.search(key):
+        raise AdapterError(f"{folder / CONFIG}: alpha_pattern has a key with too many repeats; expected names of modules")
     try:
         return re.match(rf"(.*\.)?({key})$", module) is not None
     except (re.error, OverflowError, RecursionError) as error:
@@ -303,6 +309,8 @@ def _read_own(tensors: dict[str, Array], config: dict[str, Any], folder: Path) -
     if method not in _OURS:
         raise AdapterError(f"{folder / CONFIG}: method is {str(method)[:80]!r}; expected one of {', '.join(_OURS)}")
     settings = {"method": method} | {key: value for key, value in config.items() if key == method}
+    if method == "xlora" and isinstance(settings.get("xlora"), dict):  # it holds what it mixes
+        settings["xlora"] = {**settings["xlora"], "adapters": [str(folder)]}
     return _paired(tensors, folder, lambda module, r: 1.0), settings
 
 
@@ -311,6 +319,7 @@ _READERS: Mapping[str, Callable[[dict[str, Array], dict[str, Any], Path], tuple[
     "ADALORA": _read_adalora,
     "IA3": _read_ia3,
     "PROMPT_TUNING": _read_prompt,
+    "P_TUNING": _read_prompt,  # saved as the vectors that its network came to, which is what prompt-tuning saves
     "PREFIX_TUNING": _read_prompt,
     _OWN: _read_own,
 }

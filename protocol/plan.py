@@ -17,16 +17,27 @@ from protocol.method_settings import (
     AdaLoraSettings,
     BitFitSettings,
     BottleneckSettings,
+    ExpertsSettings,
     FreezingSettings,
     Ia3Settings,
     LoraSettings,
     PromptSettings,
+    XLoraSettings,
 )
-from protocol.objective_settings import DpoSettings, HeadSettings, KtoSettings, RlSettings
+from protocol.mixture_settings import ForgettingSettings
+from protocol.objective_settings import (
+    AiFeedbackSettings,
+    DistillationSettings,
+    DpoSettings,
+    HeadSettings,
+    KtoSettings,
+    RlSettings,
+)
 from protocol.strict import Name, Strict
+from protocol.strict import Precision as Precision
 from protocol.training_settings import TrainingSettings
 
-Objective = Literal["sft", "pretraining", "classification", "regression", "dpo", "kto", "reward", "rl"]
+Objective = Literal["sft", "pretraining", "distillation", "classification", "regression", "dpo", "kto", "reward", "rl"]
 Method = Literal[
     "full",
     "freezing",
@@ -36,11 +47,12 @@ Method = Literal[
     "ia3",
     "bitfit",
     "bottleneck",
+    "experts",
     "prompt-tuning",
     "prefix-tuning",
     "p-tuning-v2",
+    "xlora",
 ]
-Precision = Literal["fp32", "bf16", "fp16", "int8", "nf4"]
 QUANTISED: tuple[Precision, ...] = ("int8", "nf4")
 # What they change of a module is a product of two factors, of any rank, and nodes of different ranks work together.
 LOW_RANK: tuple[Method, ...] = ("lora", "qlora", "adalora")
@@ -55,6 +67,7 @@ PROMPTS: tuple[Method, ...] = ("prompt-tuning", *PREFIXES)
 TASK_TYPES: Mapping[Objective, Literal["CAUSAL_LM", "SEQ_CLS"]] = {
     "sft": "CAUSAL_LM",
     "pretraining": "CAUSAL_LM",
+    "distillation": "CAUSAL_LM",
     "classification": "SEQ_CLS",
     "regression": "SEQ_CLS",
     "dpo": "CAUSAL_LM",
@@ -83,15 +96,22 @@ class Plan(Strict):
     ia3: Ia3Settings = Ia3Settings()
     prompt: PromptSettings = PromptSettings()
     bottleneck: BottleneckSettings = BottleneckSettings()
+    experts: ExpertsSettings = ExpertsSettings()
     freezing: FreezingSettings = FreezingSettings()
     bitfit: BitFitSettings = BitFitSettings()
+    xlora: XLoraSettings = XLoraSettings()
     head: HeadSettings = HeadSettings()
     dpo: DpoSettings = DpoSettings()
     kto: KtoSettings = KtoSettings()
     rl: RlSettings = RlSettings()
+    distillation: DistillationSettings | None = None
+    ai_feedback: AiFeedbackSettings | None = Field(
+        None, description="dpo, reward: the rows are prompts, and a judge labels the model's own answers"
+    )
     dropout: float | None = Field(None, ge=0, lt=1, description="of the base while it trains; without it the base's own")
     data: DataSettings = DataSettings()
     training: TrainingSettings = TrainingSettings()
+    forgetting: ForgettingSettings | None = None
 
     @property
     def update_rank(self) -> int:
@@ -111,11 +131,27 @@ class Plan(Strict):
         """PEFT's name of the task: whether the model answers or scores."""
         return TASK_TYPES[self.objective]
 
+    def without_rows(self) -> "Plan":
+        """The same without the files of rows that it names, which are for one machine alone."""
+        forgetting = self.forgetting and self.forgetting.model_copy(update={"probe": None})
+        data = self.data.model_copy(update={"train": None, "evaluate": None, "tasks": {}, "replay": None})
+        return self.model_copy(update={"data": data, "forgetting": forgetting})
+
     @model_validator(mode="after")
     def _together(self) -> "Plan":
-        if wrong := [*self._precisions(), *self._prompts(), *self._batches(), *self._unread(), *self._against_adalora()]:
+        if wrong := list(self.conflicts()):
             raise ValueError("; ".join(wrong))
         return self
+
+    def conflicts(self) -> Iterator[str]:
+        """What does not go together, a line each."""
+        yield from self._precisions()
+        yield from self._prompts()
+        yield from self._batches()
+        yield from self._unread()
+        yield from self._against_adalora()
+        yield from self._beside()
+        yield from self._mixtures()
 
     def _precisions(self) -> Iterator[str]:
         quantised = self.precision in QUANTISED
@@ -141,20 +177,27 @@ class Plan(Strict):
                 f"training.gradient_checkpointing leaves out the cache that {self.method} lives in; switch it off, or choose "
                 "prompt-tuning"
             )
-        if self.training.early_stopping_patience and self.method == "prefix-tuning":
-            yield (
-                "training.early_stopping_patience goes back to the best prefix, which no longer fits the network behind it; "
-                "leave it out, or choose p-tuning-v2"
-            )
+
+    def _mixtures(self) -> Iterator[str]:
+        if self.method != "xlora":
+            return
+        if not self.xlora.adapters:
+            yield "method xlora mixes adapters that were trained apart; name their folders in xlora.adapters"
+        if self.task_type != "CAUSAL_LM":
+            yield f"method xlora mixes adapters of models that write, and objective {self.objective} scores; choose method lora"
+        if self.training.gradient_checkpointing:
+            yield "training.gradient_checkpointing would mix anew, with other shares, on the way back; switch it off for xlora"
 
     def _batches(self) -> Iterator[str]:
         settings = self.training
         if self.objective == "kto" and settings.batch_size < 2:
             yield "training.batch_size is 1; kto needs 2 or more: it reads each prompt with another row's answer"
+        if self.objective == "distillation" and self.distillation is None:
+            yield "objective distillation needs a teacher; give distillation.teacher"
         if self.objective != "rl":
             return
-        if not (self.rl.reward_model or self.rl.reward_functions):
-            yield "objective rl needs a reward; give rl.reward_model or rl.reward_functions"
+        if not (self.rl.reward_model or self.rl.reward_functions or self.rl.judge):
+            yield "objective rl needs a reward; give rl.reward_model, rl.reward_functions or rl.judge"
         answers = settings.batch_size * settings.gradient_accumulation_steps
         if answers % self.rl.num_generations:
             yield (
@@ -168,6 +211,18 @@ class Plan(Strict):
                 yield f"{name} is for {kind} {' or '.join(users)}, found {found}"
         if self.method not in ("lora", "qlora") and (self.lora.init_lora_weights, self.lora.use_dora) != ("default", False):
             yield f"lora.init_lora_weights and lora.use_dora are for method lora or qlora, found {self.method}"
+
+    def _beside(self) -> Iterator[str]:
+        if self.data.tasks and (self.data.train or self.data.evaluate):
+            yield "data.tasks stand in place of data.train and data.evaluate; leave one or the other out"
+        if self.data.preferred and self.objective != "sft":
+            yield f"data.preferred is for objective sft, found {self.objective}; leave it out"
+        if self.forgetting is None:
+            return
+        if self.task_type == "SEQ_CLS":
+            yield f"forgetting asks how likely the model finds a text, and {self.objective} has a head in place of that"
+        if self.training.fsdp or self.training.deepspeed:
+            yield "forgetting goes back to weights that one process holds; leave training.fsdp and training.deepspeed out"
 
     def _against_adalora(self) -> Iterator[str]:
         if self.method != "adalora":
@@ -186,10 +241,14 @@ USED_BY: Mapping[str, tuple[Literal["method", "objective"], tuple[str, ...]]] = 
     "ia3": ("method", ("ia3",)),
     "prompt": ("method", PROMPTS),
     "bottleneck": ("method", ("bottleneck",)),
+    "experts": ("method", ("experts",)),
     "freezing": ("method", ("freezing",)),
     "bitfit": ("method", ("bitfit",)),
+    "xlora": ("method", ("xlora",)),
     "head": ("objective", ("classification",)),
     "dpo": ("objective", ("dpo",)),
     "kto": ("objective", ("kto",)),
     "rl": ("objective", ("rl",)),
+    "distillation": ("objective", ("distillation",)),
+    "ai_feedback": ("objective", ("dpo", "reward")),
 }

@@ -24,8 +24,17 @@ def with_adapter(plan: Plan, base: Base, adapter: Adapter | None) -> "tuple[PreT
     model, tokenizer = load(base, plan)
     if torch.cuda.is_available() and plan.precision not in QUANTISED:  # a quantised base is there already
         model.to("cuda")
-    if adapter is None or not (adapter.factors or adapter.dense):
-        return model, tokenizer
+    return model if adapter is None else attached(model, plan, adapter), tokenizer
+
+
+def attached(model: "PreTrainedModel", plan: Plan, adapter: Adapter) -> "PreTrainedModel":
+    """A loaded base with an adapter of any rank in place, ready for inference; the base itself where there is nothing in it.
+
+    Raises:
+        AdapterError: The adapter does not fit the base.
+    """
+    if not (adapter.factors or adapter.dense):
+        return model
     rank = max(adapter.ranks().values(), default=1) or 1
     # A prefix is used as it is, without the network that it was trained through.
     use = "p-tuning-v2" if plan.method == "prefix-tuning" else plan.method
@@ -34,4 +43,4 @@ def with_adapter(plan: Plan, base: Base, adapter: Adapter | None) -> "tuple[PreT
     model = method.attach(model, plan)
     method.load(model, adapter)
     model.eval()
-    return model, tokenizer
+    return model

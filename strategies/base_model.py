@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED = "tiny"
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_TOKENIZER_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
+_HUB_FILES = [*_TOKENIZER_FILES, "*.safetensors"]
 # A tokenizer without a template gets this one, at every node alike.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ':\\n' + message['content'] }}"
@@ -96,8 +97,14 @@ def load(base: Base, plan: Plan) -> "tuple[PreTrainedModel, PreTrainedTokenizerB
     return model, tokenizer
 
 
-def skeleton(base: Base, objective: Objective, labels: Sequence[str] | None) -> "PreTrainedModel":
+def skeleton(base: Base, objective: Objective, labels: Sequence[str] | None, **more: Any) -> "PreTrainedModel":
     """The model for an objective without its weights (torch's meta device), from the configuration alone.
+
+    Args:
+        base: Whose configuration.
+        objective: What for.
+        labels: Of a classifier.
+        more: What the configuration should say otherwise.
 
     Raises:
         ModelError: The configuration does not make such a model.
@@ -108,7 +115,7 @@ def skeleton(base: Base, objective: Objective, labels: Sequence[str] | None) -> 
     kind, settings = _built_as(objective, labels)
     try:
         with torch.device("meta"):
-            made: PreTrainedModel = kind.from_config(configuration(base, **settings))
+            made: PreTrainedModel = kind.from_config(configuration(base, **settings, **more))
     except (ValueError, TypeError, RuntimeError, AttributeError, ZeroDivisionError) as error:
         raise ModelError(f"{base.folder / 'config.json'}: no {objective} model can be built from it ({error})") from None
     return made
@@ -222,7 +229,21 @@ def load_tokenizer(base: Base) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def _folder(name: str) -> Path:
+def tokenizer_of(name: str) -> "PreTrainedTokenizerBase | None":
+    """The tokenizer of a base whose weights need not be here, nor are fetched; None where there is none to read.
+
+    Args:
+        name: As for ``find``, or a ``config.json``, beside which it is looked for.
+    """
+    try:
+        folder = Path(name).parent if name.endswith(".json") else _folder(name, _TOKENIZER_FILES)
+        found = [*folder.glob("tokenizer*"), *folder.glob("vocab*"), *folder.glob("spiece*")]
+        return load_tokenizer(Base(name, folder, "")) if found else None
+    except (ModelError, OSError):
+        return None
+
+
+def _folder(name: str, files: Sequence[str] = ()) -> Path:
     if name == EMBEDDED:
         return _embedded()
     path = Path(name).expanduser()
@@ -235,7 +256,7 @@ def _folder(name: str) -> Path:
         ) from None
     if path.is_absolute() or name.startswith((".", "~")):
         raise ModelError(f"{name!r}: no such folder; expected a folder with config.json and *.safetensors")
-    return _in_package(name) or _from_hub(name)
+    return _in_package(name) or _from_hub(name, files or _HUB_FILES)
 
 
 def _embedded() -> Path:
@@ -262,12 +283,12 @@ def _in_package(name: str) -> Path | None:
     return None
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, files: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(name, allow_patterns=list(files)))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             f"{name!r} is no folder, no installed package with a model and could not be fetched from the hub "

@@ -52,7 +52,7 @@ def test_help_imports_nothing_heavy():
     assert out.splitlines()[-1] == "LOADED []"
 
 
-@pytest.mark.parametrize("verb", ["demo", "simulate", "train", "evaluate", "generate"])
+@pytest.mark.parametrize("verb", ["demo", "simulate", "train", "evaluate", "generate", "merge", "extract", "combine"])
 def test_help_of_a_verb_imports_nothing_heavy_and_shows_json(verb, capsys):
     code = (
         "import sys, fedge\n"

@@ -54,16 +54,18 @@ def test_the_readme_trains_evaluates_and_asks(tmp_path):
     assert "What is the daily cash limit?" in told
 
 
-def test_the_readme_plans(tmp_path, monkeypatch):
+def test_the_readme_looks_at_rows_and_plans(tmp_path, monkeypatch):
     monkeypatch.setenv("FEDGE_CACHE", str(tmp_path / "cache"))
     write_rows(tmp_path)
-    assert "what fits" in run(blocks("README.md", "bash")[1], tmp_path)
+    run(blocks("README.md", "bash")[1], tmp_path)
+    assert (tmp_path / "masked.jsonl").is_file()
+    assert "what fits" in run(blocks("README.md", "bash")[2], tmp_path)
     assert yaml.safe_load((tmp_path / "planned.yaml").read_text())["method"] == "lora"
 
 
 @pytest.mark.slow
 def test_the_readme_simulates(tmp_path):
-    run(blocks("README.md", "bash")[2], tmp_path)
+    run(blocks("README.md", "bash")[3], tmp_path)
     assert (tmp_path / "runs/example/adapter/adapter_model.safetensors").is_file()
 
 

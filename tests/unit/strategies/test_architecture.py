@@ -29,7 +29,8 @@ SIZES = {
     "mixtral": LLAMA | {"num_local_experts": 4},
     "qwen2_moe": LLAMA
     | {"num_experts": 4, "moe_intermediate_size": 40, "shared_expert_intermediate_size": 56, "mlp_only_layers": [1]},
-    "qwen3_moe": LLAMA | {"num_experts": 4, "moe_intermediate_size": 40, "head_dim": 16, "decoder_sparse_step": 2},
+    "qwen3_moe": LLAMA
+    | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "head_dim": 16, "decoder_sparse_step": 2},
     "phi3": LLAMA | {"pad_token_id": 0},
     "glm": LLAMA | {"head_dim": 16, "pad_token_id": 0, "attention_bias": True},
     "glm4": LLAMA | {"head_dim": 16, "pad_token_id": 0, "attention_bias": True},

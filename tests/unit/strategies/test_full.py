@@ -17,6 +17,7 @@ from protocol.product_space import balanced
 from strategies.base_model import find, load
 from strategies.data.formats import Conversation
 from strategies.methods import full
+from strategies.methods.low_rank import nearest
 from strategies.methods.registry import shape
 from strategies.training import fit
 
@@ -135,7 +136,7 @@ def test_a_large_matrix_is_compressed_nearly_as_well_as_by_a_whole_svd():
     u, v = (np.linalg.qr(rng.standard_normal((side, 200)))[0] for side in (300, 200))
     s = np.arange(1, 201) ** -0.5
     matrix = (u * s) @ v.T
-    found = full._nearest(torch.from_numpy(matrix).float(), 16)
+    found = nearest(torch.from_numpy(matrix).float(), 16)
     error, best = ((found.product() - matrix) ** 2).sum(), (s[16:] ** 2).sum()
     assert error <= 1.005 * best
 
