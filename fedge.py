@@ -78,7 +78,10 @@ def main() -> None:
 
 
 def _worth_saying(record: logging.LogRecord) -> bool:
-    """A filter, for Flower sets its logger's level when it is imported."""
+    """A filter, for Flower sets its logger's level and colours when it is imported."""
+    for handler in logging.getLogger("flwr").handlers:
+        if hasattr(handler, "colored"):
+            handler.colored = sys.stderr.isatty()
     record.exc_info = record.exc_text = None
     return record.levelno >= logging.WARNING
 

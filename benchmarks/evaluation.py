@@ -18,9 +18,9 @@ from protocol.plan import Plan
 from strategies.adapted import with_adapter
 from strategies.base_model import find
 from strategies.evaluation import calibration
-from strategies.evaluation.answers import greedy
 from strategies.evaluation.bootstrap import draws
 from strategies.evaluation.figures import Figure, macro_f1, mean, perplexity
+from strategies.writer import continuations
 
 Draw = Callable[[np.random.Generator, int], Figure]
 
@@ -57,11 +57,11 @@ def _answers() -> dict[str, float]:
     model, tokenizer = with_adapter(Plan(base_model="tiny"), find("tiny"), None)
     model.generation_config.eos_token_id = tokenizer.eos_token_id = None  # every answer has all of its tokens
     asked: Any = [tokenizer("What is the fee of plan " + "and " * (at % 17) + f"{at}?")["input_ids"] for at in range(64)]
-    greedy(model, tokenizer, asked[:2], 4, 2)
+    continuations(model, tokenizer, asked[:2], max_new_tokens=4, batch_size=2)
     seconds, made = {}, {}
     for size in (1, 8, 32):
         begin = time.perf_counter()
-        made[size] = greedy(model, tokenizer, asked, 32, size)
+        made[size] = continuations(model, tokenizer, asked, max_new_tokens=32, batch_size=size)
         seconds[f"seconds in batches of {size}"] = time.perf_counter() - begin
     alike = sum(one == other for one, other in zip(made[1], made[32], strict=True)) / len(asked)
     return seconds | {"share of equal answers": alike}

@@ -33,10 +33,11 @@ def check(plan: Plan, node: Node) -> None:
 def used(plan: Plan) -> Mapping[str, list[str]]:
     """What a plan names, by the node's field that allows it; an endpoint as ``URL`` or, with a key, ``URL VARIABLE``."""
     models = second_models(plan)
+    beside = [name for model in models for name in (model.base_model, model.adapter)]
     endpoints = [model.endpoint for model in models if model.endpoint]
     return {
         "reward_functions": list(plan.rl.reward_functions),
-        "models": [*(name for model in models for name in (model.base_model, model.adapter) if name), *plan.xlora.adapters],
+        "models": [name for name in (plan.rl.reward_model, *beside, *plan.xlora.adapters) if name],
         "files": [str(path) for path in plan.data.files().values()],
         "endpoints": [" ".join(filter(None, (each.base_url, each.api_key_env))) for each in endpoints],
     }

@@ -58,11 +58,11 @@ class Node(Strict):
         None, description="files that a plan may name for its treatment of rows (names, synonyms), with commas between"
     )
     state: Path | None = Field(None, description="folder for what it remembers from round to round and never sends")
-    folder: Path | None = Field(None, description="keeps checkpoints and TensorBoard logs of each round")
+    folder: Path | None = Field(None, description="keeps checkpoints, logs and the loss curve of each round")
     whole_model: Path | None = Field(
         None, description="folder for the whole model that full fine-tuning or freezing made in its last round"
     )
-    progress: bool = Field(False, description="show progress bars")
+    progress: bool = Field(False, description="say on standard error how far training is")
 
     @model_validator(mode="after")
     def _rows_are_named(self) -> "Node":

@@ -96,13 +96,14 @@ def wish(call: Call, node: Node) -> Plan:
     raise ConfigurationError("node config", [f"adapter: {found}; in federation {call.federation} {there}"])
 
 
-def join(call: Call, node: Node, memory: Memory | None = None) -> Offer:
+def join(call: Call, node: Node, memory: Memory | None = None, *, aloud: bool = True) -> Offer:
     """Looks at plan, data and base, and says which adapter this node can train.
 
     Args:
         call: The coordinator's.
         node: This node's settings.
         memory: Where it is given, one real step shows whether the plan fits, and what was found is kept there.
+        aloud: Say what became of rows that are not used as they are; not where the same node joins again in earnest.
 
     Raises:
         UserError: The base or the data is not there or does not fit the plan or the machine, or the node's adapter is not
@@ -114,7 +115,7 @@ def join(call: Call, node: Node, memory: Memory | None = None) -> Offer:
     own = shape.head if plan.head.local else frozenset()
     tokenizer = load_tokenizer(base)
     found = _rows(plan, node).prepared
-    for line in summary(found.report):
+    for line in summary(found.report) if aloud else ():
         log.warning("%s: %s", node.name, line)  # what is less than was given is never silent
     named = str(node.train or "tasks")
     for rows, what in ((found.training, named), (found.held_out, str(node.evaluate or named))):
@@ -181,6 +182,7 @@ def train(received: Received, node: Node, memory: Memory) -> Work:
     if node.folder:
         _describe(node.folder / call.federation, plan, node, base)
     personal.remember(memory, call.round, parts, trained.adapter)
+    trained_on = len({id(row) for row in learnt.rows})  # a row that is drawn again is no other row
     shared = personal.shared(trained.adapter if call.fresh else _with_what_stayed(trained.adapter, start, call.r))
     manifest = Manifest(
         base_digest=base.digest,
@@ -191,7 +193,7 @@ def train(received: Received, node: Node, memory: Memory) -> Work:
         federation=call.federation,
         round=call.round,
         parent=call.digest,
-        num_examples=min(len(learnt.rows), _taken(plan) or len(learnt.rows)),
+        num_examples=min(trained_on, _taken(plan) or trained_on),
     )
     update = Update(shared, manifest, _trained_rows(shared, own, registry.shape(base, plan).head, plan))
     told = {name: value for name, value in trained.metrics.items() if name in _TOLD}
@@ -272,7 +274,8 @@ def _rows_of(call: Call, rows: Sequence[Row], plan: Plan, base: Base) -> list[Ro
     if not _counts_steps(plan, call):
         return list(rows)
     tokenizer = load_tokenizer(base)
-    wanted = _texts(plan, rows, tokenizer) if plan.objective == "pretraining" else _taken(plan)
+    blocks = plan.objective == "pretraining" or plan.training.packing
+    wanted = _texts(plan, rows, tokenizer) if blocks else _taken(plan)
     found: list[Row] = []
     for read, at in enumerate(read_on(len(rows), (call.round - 1) * wanted, plan.training.seed), 1):
         if is_usable(rows[at], tokenizer, plan.data.max_length, plan.objective):
@@ -296,7 +299,7 @@ def _taken(plan: Plan) -> int:
 
 
 def _texts(plan: Plan, rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase") -> int:
-    """Texts that fill as many blocks as the plan's steps take, at the mean length of some: the same in every round."""
+    """Texts, or packed rows, that fill as many blocks as the plan's steps take, at the mean length of some: always the same."""
     some = [rows[at] for at in window(len(rows), 0, min(len(rows), _SAMPLED), plan.training.seed)]
     tokens = sum(len(row["input_ids"]) for row in encode(some, tokenizer, plan.data.max_length, plan.objective).rows)
     return max(1, round(_taken(plan) * plan.data.max_length * len(some) / tokens))

@@ -51,6 +51,24 @@ MaskKind = Literal[
     "my-nric",
 ]
 EVERY_KIND: tuple[MaskKind, ...] = get_args(MaskKind)
+RowField = Literal[
+    "input_text",
+    "target_text",
+    "instruction",
+    "input",
+    "output",
+    "messages",
+    "conversations",
+    "system",
+    "tools",
+    "text",
+    "label",
+    "prompt",
+    "completion",
+    "chosen",
+    "rejected",
+    "id",
+]
 
 
 def is_hub_name(path: Path) -> bool:
@@ -157,6 +175,9 @@ class _Treatment(Strict):
     masking: MaskingSettings = MaskingSettings()
 
 
+_COLUMNS = "the files' own name for a field of rows, where it has another: {input_text: question, target_text: answer}"
+
+
 class DataSettings(_Treatment, MixtureSettings):
     """Where rows come from and how they are read. A coordinator's plan has no paths: each node brings its own."""
 
@@ -164,6 +185,7 @@ class DataSettings(_Treatment, MixtureSettings):
     evaluate: Path | None = Field(None, description="held-out rows; without it a share of the training rows is held out")
     evaluate_fraction: float = Field(0.1, gt=0, lt=1, description="share held out when there is no evaluate file")
     labels: tuple[Name, ...] | None = Field(None, description="classification: every label, in the order of the head's rows")
+    columns: dict[RowField, Name] = Field({}, description=_COLUMNS)
     max_length: PositiveInt = Field(512, description="tokens; longer rows are cut, and counted in the report")
     on_bad_rows: Literal["refuse", "skip"] = Field(
         "refuse", description="rows that cannot be used: refuse the file, or skip them"
@@ -196,6 +218,7 @@ class DataPolicy(_Treatment):
     """What an institution does to its rows whatever a plan says; the files that it names are its own."""
 
     on_bad_rows: Literal["refuse", "skip"] | None = Field(None, description="in place of the plan's")
+    columns: dict[RowField, Name] | None = Field(None, description=f"in place of the plan's: {_COLUMNS}")
     augmentation: AugmentationSettings | None = Field(None, description="in place of the plan's")
 
     def beside(self, folder: Path) -> "DataPolicy":
@@ -214,6 +237,7 @@ class DataPolicy(_Treatment):
             "cleaning": _cleaned_more(data.cleaning, self.cleaning),
             "masking": _masked_more(data.masking, self.masking),
             "on_bad_rows": self.on_bad_rows or data.on_bad_rows,
+            "columns": data.columns if self.columns is None else self.columns,
             "augmentation": self.augmentation or data.augmentation,
         }
         return data.model_copy(update=changes)

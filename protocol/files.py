@@ -4,6 +4,7 @@ A folder appears whole or not at all: it is written under a temporary name besid
 numpy does not have, is widened to float32 on reading (exactly).
 """
 
+import errno
 import json
 import os
 import re
@@ -29,8 +30,7 @@ from protocol.plan import QUANTISED, Plan
 
 MANIFEST = "manifest.json"
 
-# Paths of modules with dots between them: no part is empty, and none steers a terminal.
-_PATH = re.compile(r"(?=.{1,300}\Z)[!-\-/-~]+(\.[!-\-/-~]+)*")
+_NAME = re.compile("[!-~]{1,300}")  # no longer than any base's, and none that steers a terminal
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 
 
@@ -63,8 +63,23 @@ def _swap(draft: Path, target: Path) -> None:
     shutil.rmtree(aside)
 
 
+@contextmanager
+def full_disks() -> Iterator[None]:
+    """What safetensors cannot write is an OSError, as it is of everybody else."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
+
+
 def write_whole(path: Path, content: str | bytes, mode: int = 0o644) -> None:
-    """Writes a file under a temporary name and renames it: readers see the old file or the new one."""
+    """Writes a file under a temporary name and renames it: readers see the old file or the new one.
+
+    Raises:
+        OSError: It cannot be written, or what is there is no file: a device would be replaced by one.
+    """
+    if path.exists() and not path.is_file():
+        raise FileExistsError(errno.EEXIST, "is there already and no ordinary file; name another", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, draft = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
@@ -97,7 +112,8 @@ def write_adapter(folder: Path, adapter: Adapter, manifest: Manifest, plan: Plan
 def save_adapter(folder: Path, adapter: Adapter, manifest: Manifest, plan: Plan) -> None:
     """The three files of ``write_adapter`` into a folder that exists already (a draft of something larger)."""
     tensors, config = written(encode(adapter, "fp32"), plan, manifest.embeddings)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    with full_disks():
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2), encoding="utf-8")
 
@@ -211,8 +227,8 @@ def _read_tensors(path: Path) -> dict[str, Array]:
         raise AdapterError(f"{path}: not a safetensors file ({type(error).__name__})") from None
     tensors = {}
     for name, entry in entries:
-        if not _PATH.fullmatch(name):
-            raise AdapterError(f"{path}: a tensor is named {shown(name, 80)!r}; expected a path of modules with dots between")
+        if not _NAME.fullmatch(name):
+            raise AdapterError(f"{path}: a tensor is named {shown(name, 80)!r}; expected at most 300 visible ASCII characters")
         if entry["dtype"] not in _DTYPES:
             raise AdapterError(f"{path}: {name} has dtype {entry['dtype']}; expected one of {', '.join(_DTYPES)}")
         raw = np.frombuffer(entry["data"], dtype=_DTYPES[entry["dtype"]]).reshape(entry["shape"])
@@ -220,6 +236,6 @@ def _read_tensors(path: Path) -> dict[str, Array]:
             raw = (raw.astype(np.uint32) << 16).view(np.float32)
         with np.errstate(over="ignore"):
             if not np.isfinite(raw.astype(np.float32)).all():
-                raise AdapterError(f"{path}: {name} holds NaN, infinite values, or values that float32 has not")
+                raise AdapterError(f"{path}: {name} holds NaN or infinite values, or some that float32 has not")
         tensors[name] = raw
     return tensors

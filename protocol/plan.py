@@ -75,6 +75,8 @@ TASK_TYPES: Mapping[Objective, Literal["CAUSAL_LM", "SEQ_CLS"]] = {
     "reward": "SEQ_CLS",
     "rl": "CAUSAL_LM",
 }
+# Their rows can be packed into blocks; pretraining fills its blocks without it.
+PACKED: tuple[Objective, ...] = ("sft", "distillation")
 # They stay near the model that was there before them.
 REFERRING: tuple[Objective, ...] = ("dpo", "kto", "rl")
 
@@ -190,6 +192,12 @@ class Plan(Strict):
 
     def _batches(self) -> Iterator[str]:
         settings = self.training
+        if settings.packing and self.objective not in PACKED:
+            yield f"training.packing is for objective {' or '.join(PACKED)}, found {self.objective}; leave it out"
+        if settings.packing and self.method in PROMPTS:
+            yield f"training.packing would show the vectors of {self.method} to the first row of a block alone; leave it out"
+        if settings.train_sampling_strategy != "random" and self.objective in (*REFERRING, "reward"):
+            yield f"training.train_sampling_strategy: {self.objective} has an order of its own; leave it out"
         if self.objective == "kto" and settings.batch_size < 2:
             yield "training.batch_size is 1; kto needs 2 or more: it reads each prompt with another row's answer"
         if self.objective == "distillation" and self.distillation is None:

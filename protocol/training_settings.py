@@ -32,6 +32,12 @@ class TrainingSettings(Strict):
     proximal_mu: float = Field(
         0.0, ge=0, description="federations: pull towards the round's start, mu / 2 * |w - start|^2 (FedProx)"
     )
+    packing: bool = Field(
+        False, description="sft, distillation: short rows side by side in blocks of data.max_length; batch_size counts blocks"
+    )
+    train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = Field(
+        "random", description="order of the rows; group_by_length: a batch holds rows of like length, which saves padding"
+    )
     optim: Literal[
         "adamw_torch",
         "adamw_torch_fused",
@@ -87,6 +93,8 @@ class TrainingSettings(Strict):
             yield "early_stopping_patience needs eval_steps: there is nothing to be patient about"
         if self.load_best_model_at_end and not self.eval_steps:
             yield "load_best_model_at_end needs eval_steps: nothing says which is the best"
+        if self.packing and self.train_sampling_strategy == "group_by_length":
+            yield "packing leaves nothing to group by length; leave one of packing and train_sampling_strategy out"
         if self.fsdp and self.deepspeed is not None:
             yield "fsdp and deepspeed both divide the weights; leave one of the two out"
         if self.fsdp_config and not self.fsdp:

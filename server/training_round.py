@@ -240,7 +240,7 @@ def described(track: Track, number: int, base_digest: str, federation: str, adap
         r=max(adapter.ranks().values(), default=0),
         federation=federation,
         round=number,
-        parent=track.adapter.digest(),
+        parent=track.adapter.digest() if track.adapter.factors or track.adapter.dense else "",
         num_examples=report.num_examples,
         embeddings=track.reference.embeddings if track.reference else (),
     )

@@ -88,8 +88,6 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Fine-tunes on this machine: one client, one round, the same round code. What died goes on when it is given again."""
-    import sys
-
     from protocol.configuration import load
     from protocol.errors import UserError
     from protocol.plan import COMPRESSED
@@ -101,27 +99,39 @@ def train(
     if not processes.is_first():
         follow()
         return
+    done: list[tuple[Job, RoundRecord]] = []
     try:
         job = load(config, Job).beside(config)
         with _told_how_to_go_on():
-            record = train_alone(job, progress=sys.stderr.isatty() and not as_json, say=_say)
+            train_alone(job, progress=True, say=_say, watch=lambda stage, record: done.append((stage, record)))
     except UserError:  # before anything was trained: the other processes wait for work
         processes.hand_out(None)
         raise
     processes.hand_out(None)
-    metrics, evaluation = next(iter(record.accepted.values())), next(iter(record.evaluation.values()), {})
-    last = job.jobs()[-1]
+    last = done[-1][0]
     made = {"adapter": str(job.output / "adapter")}
     if last.method in COMPRESSED:
         made["model"] = str(last.output / "model")
     if as_json:
-        stages = {"stages": [str(stage.output) for stage in job.jobs()]} if job.stages else {}
-        typer.echo(json.dumps({**made, **stages, "training": metrics, "evaluation": evaluation}))
+        told = [{"output": str(stage.output), "objective": stage.objective, **_measured(record)} for stage, record in done]
+        stages = {"stages": told} if job.stages else {}
+        typer.echo(json.dumps({**made, **stages, **_measured(done[-1][1])}))
         return
-    for name, value in {**metrics, **{f"held-out {name}": value for name, value in evaluation.items()}}.items():
-        typer.echo(f"{name:>28}  {value:.6g}")
+    for number, (stage, record) in enumerate(done, 1):
+        if job.stages:
+            typer.echo(f"stage {number}, {stage.objective}: {stage.output}")
+        figures = _measured(record)
+        held_out = {f"held-out {name}": value for name, value in figures["evaluation"].items()}
+        for name, value in {**figures["training"], **held_out}.items():
+            typer.echo(f"{name:>28}  {value:.6g}")
     for kind, place in made.items():
         typer.echo(f"{kind}: {place}")
+
+
+def _measured(record: "RoundRecord") -> dict[str, dict[str, float]]:
+    """The figures of the one node."""
+    trained, measured = next(iter(record.accepted.values())), next(iter(record.evaluation.values()), {})
+    return {"training": dict(trained), "evaluation": dict(measured)}
 
 
 @contextmanager

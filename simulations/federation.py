@@ -73,7 +73,7 @@ def check(federation: Federation, nodes: Sequence[Node]) -> None:
     call = Call(federation=federation.name, round=0, rounds=1, plan=plans[0], adapters=dict(federation.adapters))
     for node in nodes:
         try:
-            join(call, node)
+            join(call, node, aloud=False)
         except ConfigurationError as error:
             problems += [f"{node.name}: {problem}" for problem in error.problems]
         except UserError as error:

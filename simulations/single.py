@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,24 +13,35 @@ from pydantic import TypeAdapter, ValidationError
 
 from client.allowed import everything
 from client.node import Node
+from client.round import held_out_rows, join
 from protocol.errors import FederationError
 from protocol.federation import AggregationSettings, Federation, RoundSettings
 from protocol.files import read_adapter, whole_folder, write_whole
+from protocol.records import Call
 from server.events import finite
 from server.ledger import Ledger, RoundRecord
-from simulations.federation import check, federate
+from simulations.federation import federate
 from strategies.base_model import find
 from strategies.data.card import CARD, TEMPLATE
+from strategies.data.formats import Feedback, Row
 from strategies.job import Job
+from strategies.progress import HISTORY
 from strategies.training import can_train
 
 log = logging.getLogger(__name__)
 ADAPTER, MODEL = "adapter", "model"
 _STAGE = "stage.json"
+_FEW = 20
 _RECORD = TypeAdapter(RoundRecord)
 
 
-def train_alone(job: Job, *, progress: bool = False, say: Callable[[str], None] = lambda text: None) -> RoundRecord:
+def train_alone(
+    job: Job,
+    *,
+    progress: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+    watch: Callable[[Job, RoundRecord], None] = lambda stage, record: None,
+) -> RoundRecord:
     """Trains a job; the adapter, of its last stage, is in ``OUTPUT/adapter`` afterwards.
 
     Where weights of the base themselves train (full, freezing), the adapter is their change at the plan's rank; the model
@@ -42,8 +53,9 @@ def train_alone(job: Job, *, progress: bool = False, say: Callable[[str], None] 
 
     Args:
         job: One or several stages.
-        progress: Show progress bars.
+        progress: Say on standard error how far training is.
         say: Called with a line before each stage.
+        watch: Called with each stage and its round as soon as it is done.
 
     Returns:
         The last stage's round.
@@ -59,6 +71,7 @@ def train_alone(job: Job, *, progress: bool = False, say: Callable[[str], None] 
         if len(stages) > 1:
             say(f"stage {number} of {len(stages)}: {stage.objective}, {stage.output}")
         record = _stage(stage, progress=progress, say=say)
+        watch(stage, record)
     if len(stages) > 1:
         with whole_folder(job.output / ADAPTER) as draft:
             shutil.copytree(stages[-1].output / ADAPTER, draft, dirs_exist_ok=True)
@@ -71,7 +84,10 @@ def _stage(job: Job, *, progress: bool, say: Callable[[str], None]) -> RoundReco
         say(f"{job.output} is trained already, with the same plan, data and start; it is left as it is")
         return record
     federation, node = _federation(job, progress=progress)
-    check(federation, [node])
+    held_out = held_out_rows(federation.plan, node)  # what is wrong with rows shows before anything heavy is loaded
+    join(Call(federation=federation.name, round=0, rounds=1, plan=federation.plan), node, aloud=False)
+    for line in _doubts(held_out, job):
+        log.warning("%s", line)
     if known and known.get("digest") != digest:
         log.warning("%s was begun with another plan, other data or another start; it begins anew", job.output)
         _end(job.output)
@@ -81,11 +97,22 @@ def _stage(job: Job, *, progress: bool, say: Callable[[str], None]) -> RoundReco
         raise FederationError(
             f"trained into {job.output}, but the held-out rows could not be measured: {record.evaluation_refused}"
         )
-    for name in (CARD, TEMPLATE):  # the node wrote them into its own folder
-        if (own := job.output / federation.name / name).is_file():
-            shutil.copyfile(own, job.output / ADAPTER / name)
+    own = job.output / federation.name  # the node's own folder
+    for path in (own / CARD, own / TEMPLATE, own / "round-0001" / HISTORY):
+        if path.is_file():
+            shutil.copyfile(path, job.output / ADAPTER / path.name)
     _note(job.output, {"digest": digest, "record": finite(asdict(record))})
     return record
+
+
+def _doubts(held_out: Sequence[Row], job: Job) -> Iterator[str]:
+    """Why figures of the held-out rows will say little."""
+    if len(held_out) < _FEW:
+        shared = job.data.evaluate is None and not job.data.tasks
+        where = f" (data.evaluate_fraction is {job.data.evaluate_fraction:g})" if shared else ""
+        yield f"held-out rows: only {len(held_out)}{where}; their figures are rough, so give more in data.evaluate"
+    if job.objective == "kto" and len({row.liked for row in held_out if isinstance(row, Feedback)}) == 1:
+        yield "held-out rows: all are liked, or none is; one of reward-desirable and reward-undesirable will be missing"
 
 
 def _federation(job: Job, *, progress: bool) -> tuple[Federation, Node]:

@@ -113,7 +113,7 @@ def combine(
     ] = "svd",
     rank: Annotated[int | None, typer.Option(min=1, max=1024, help="svd and …_svd: else the largest of them.")] = None,
     density: Annotated[float | None, typer.Option(help="ties, dare, magnitude_prune: share of numbers that stay.")] = None,
-    seed: Annotated[int, typer.Option(help="Of what dare drops.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of what dare drops.")] = 0,
     base_model: BaseModel = None,
     as_json: Json = False,
 ) -> None:
@@ -125,7 +125,7 @@ def combine(
     from protocol.files import base_model_of, read_stored, write_adapter
     from protocol.manifest import MOST_EXAMPLES, Manifest
     from protocol.plan import Plan
-    from strategies.adapters.combine import SPARSE, Way, combine
+    from strategies.adapters.combine import SPARSE, Way, combine, energy_kept
     from strategies.base_model import find
 
     _new(output)
@@ -142,6 +142,7 @@ def combine(
         raise ConfigurationError("command line", wrong)
     stored = [read_stored(folder) for folder in adapter]
     made = combine(stored, weights, _one_of("how", how, get_args(Way)), r=rank, density=density, seed=seed)
+    kept = energy_kept(stored, weights, made) if how == "svd" else None
     name = base_model or base_model_of(adapter[0])
     manifests = [each.manifest for each in stored if each.manifest]
     manifest = Manifest(
@@ -155,8 +156,8 @@ def combine(
     write_adapter(output, made, manifest, Plan.model_validate({"base_model": name, "objective": objective}))
     parts = [{"adapter": str(folder), "weight": value} for folder, value in zip(adapter, weights, strict=True)]
     _tell(
-        {"output": str(output), "how": how, "r": manifest.r, "adapters": parts},
-        [f"{output}: {how} of {len(parts)} adapters, rank {manifest.r}"],
+        {"output": str(output), "how": how, "r": manifest.r, "energy_kept": kept, "adapters": parts},
+        [f"{output}: {how} of {len(parts)} adapters, rank {manifest.r}" + (f", {kept:.1%} kept" if kept is not None else "")],
         as_json,
     )
 
@@ -170,11 +171,13 @@ def publish(
     parent: Annotated[list[str] | None, typer.Option(help="Published version that it was made from; may be repeated.")] = None,
     config: Config = None,
     data_card: Annotated[Path | None, typer.Option(help="File whose digest is kept.")] = None,
+    figures: Annotated[Path | None, typer.Option(help="What fedge evaluate --json printed, or its report.json.")] = None,
     base_model: Annotated[str | None, typer.Option(help="Base, for a folder without a manifest.")] = None,
     as_json: Json = False,
 ) -> None:
     """Publishes an adapter as a version that never changes."""
     from strategies.adapters.registry import Registry
+    from strategies.adapters.version import figures_of
 
     digest = None
     if base_model:
@@ -182,14 +185,25 @@ def publish(
 
         digest = find(base_model).digest
     made = Registry(location).publish(
-        adapter, name, version, base_digest=digest, parents=parent or (), data_card=data_card, plan=_plan(config)
+        adapter,
+        name,
+        version,
+        base_digest=digest,
+        parents=parent or (),
+        data_card=data_card,
+        plan=_plan(config),
+        figures=figures_of(figures, adapter) if figures else None,
     )
     _tell(_of(made), [f"{made.reference} {made.digest}"], as_json)
 
 
 @registry.command("list")
-def list_(location: Where, as_json: Json = False) -> None:
-    """Lists adapters, their versions and tags."""
+def list_(
+    location: Where,
+    by: Annotated[str, typer.Option(help="Figure by which the leading version is told.")] = "loss",
+    as_json: Json = False,
+) -> None:
+    """Lists adapters, their versions and tags, and of those with figures the leading version."""
     from strategies.adapters.registry import Registry
 
     there = Registry(location)
@@ -197,9 +211,12 @@ def list_(location: Where, as_json: Json = False) -> None:
     lines = []
     for name in there.names():
         versions, tags = there.versions(name), there.tags(name)
-        found[name] = {"versions": versions, "tags": tags}
+        best = there.leading(name, by)
+        told = dict(zip(("version", "value", "rows"), best, strict=True)) | {"by": by} if best else None
+        found[name] = {"versions": versions, "tags": tags, "leading": told}
         named = ", ".join(f"{tag} {version}" for tag, version in tags.items())
-        lines.append(f"{name}: {', '.join(versions) or 'none'} ({named or 'no tags'})")
+        leads = f"; {best[0]} leads by {by}: {best[1]:.4g} on {best[2]} rows" if best else ""
+        lines.append(f"{name}: {', '.join(versions) or 'none'} ({named or 'no tags'}){leads}")
     _tell({"adapters": found}, lines or ["nothing is published here"], as_json)
 
 
@@ -208,11 +225,19 @@ def show(location: Where, version: Which, as_json: Json = False) -> None:
     """Shows what a version holds and where it comes from."""
     from strategies.adapters.registry import Registry
 
-    found = Registry(location).show(version)
+    there = Registry(location)
+    found = there.show(version)
+    tags = [tag for tag, of in there.tags(found.name).items() if of == found.version]
     lineage = found.lineage.model_dump(mode="json", exclude={"plan"}, exclude_defaults=True)
-    lines = [f"{found.reference} {found.digest}", *(f"  {key}: {value}" for key, value in lineage.items())]
+    lineage |= {"parents": ", ".join(found.lineage.parents) or "none", "tags": ", ".join(tags) or "none"}
+    lines = [f"{found.reference} {found.digest}", f"  published: {_time(found.published_seconds)}"]
+    lines += [f"  {key}: {value}" for key, value in lineage.items()]
+    if found.figures:
+        values = ", ".join(f"{name} {value:.4g}" for name, value in found.figures.values.items())
+        lines.append(f"  figures on {found.figures.rows} rows: {values}")
+    lines += [f"  plan.{key}: {value}" for key, value in _not_default(found.lineage.plan or {})]
     lines += [f"  {path}: {file.size_bytes} bytes, {file.sha256}" for path, file in found.files.items()]
-    _tell(_of(found), lines, as_json)
+    _tell({**_of(found), "tags": tags}, lines, as_json)
 
 
 @registry.command()
@@ -270,6 +295,30 @@ def _plan(config: Path | None) -> "Plan | None":
     from strategies.job import Job
 
     return load(config, Job).beside(config).plan()
+
+
+def _time(seconds: int) -> str:
+    from datetime import UTC, datetime
+
+    try:
+        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    except (OverflowError, ValueError, OSError):  # whoever can write there chose it
+        return f"{seconds} s after 1970"
+
+
+def _not_default(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Settings of a published plan that are not as they are by default, by their key."""
+    from protocol.plan import Plan
+
+    def flat(settings: Mapping[str, Any], above: str = "") -> dict[str, str]:
+        found: dict[str, str] = {}
+        for name, value in settings.items():
+            inner = flat(value, f"{above}{name}.") if isinstance(value, Mapping) and value else {f"{above}{name}": str(value)}
+            found |= inner
+        return found
+
+    default = flat(Plan().model_dump(mode="json"))
+    return [(name, value) for name, value in flat(plan).items() if default.get(name) != value]
 
 
 def _of(version: "Version") -> dict[str, Any]:

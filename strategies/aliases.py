@@ -7,11 +7,13 @@ twice. Old names are taken with a warning, and so are words that have no meaning
 import copy
 import difflib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from protocol.data_settings import DataSettings
 from protocol.errors import shown
+from protocol.method_settings import LoraSettings
+from protocol.plan import Plan
 from protocol.training_settings import TrainingSettings
 
 log = logging.getLogger(__name__)
@@ -22,6 +24,9 @@ SECTIONS: Mapping[str, str] = {
     "training_arguments": "training",
     "data_config": "data",
     "data_args": "data",
+    "peft_config": "lora",
+    "lora_config": "lora",
+    "lora_args": "lora",
 }
 # Another word for a field of the plan, by the section in which it is found; ``""`` is the file itself.
 WORDS: Mapping[str, Mapping[str, str]] = {
@@ -58,6 +63,30 @@ WORDS: Mapping[str, Mapping[str, str]] = {
         "max_input_length": "data.max_length",
         "max_seq_length": "data.max_length",
     },
+    "lora": {"lora_r": "lora.r"},
+}
+# Words of other tools that stand at the top there, and what to write here. Of a section's own words it is said which section.
+ELSEWHERE: Mapping[str, str] = {
+    "lora_r": "lora.r",
+    "lora_rank": "lora.r",
+    "lora_target": "lora.target_modules",
+    "lora_target_modules": "lora.target_modules",
+    "load_in_4bit": "method: qlora and precision: nf4",
+    "load_in_8bit": "method: qlora and precision: int8",
+    "quantization_bit": "method: qlora and precision: nf4 or int8",
+    "finetuning_type": "method",
+    "stage": "objective",
+    "task": "objective",
+    "dataset": "data.train",
+    "datasets": "data.train",
+    "dataset_name": "data.train",
+    "cutoff_len": "data.max_length",
+    "sequence_len": "data.max_length",
+    "val_set_size": "data.evaluate_fraction",
+    "val_size": "data.evaluate_fraction",
+    "micro_batch_size": "training.batch_size",
+    "num_epochs": "training.num_train_epochs",
+    "sample_packing": "training.packing",
 }
 # Old names of Hugging Face's arguments and today's.
 OLD: Mapping[str, str] = {
@@ -80,7 +109,19 @@ UNUSED: Mapping[str, str] = {
     "use_cpu": "a GPU is used wherever there is one",
     "no_cuda": "a GPU is used wherever there is one",
     "push_to_hub": "nothing is sent anywhere",
+    "dataset_text_field": "the objective says which fields are read",
+    "completion_only_loss": "there is loss on answers alone",
+    "assistant_only_loss": "there is loss on answers alone",
+    "length_column_name": "rows are counted when they are encoded",
     "ddp_find_unused_parameters": "it is set where it is needed",
+}
+# The same of PEFT's.
+UNUSED_LORA: Mapping[str, str] = {
+    "task_type": "the objective says it",
+    "inference_mode": "it trains",
+    "fan_in_fan_out": "it is seen from the base",
+    "base_model_name_or_path": "base_model says it",
+    "revision": "base_model says it",
 }
 _NOTHING = object()
 
@@ -120,20 +161,44 @@ def _less_is_better(value: Any) -> Any:
     return _NOTHING
 
 
+def _by_length(value: Any) -> Any:
+    return "group_by_length" if _flag(value) else _NOTHING
+
+
+def _lora(value: Any) -> Any:
+    if str(value).lower() != "lora":
+        raise ValueError("expected LORA; other kinds of adapters are a method")
+    return _NOTHING
+
+
+def _no_bias(value: Any) -> Any:
+    if value != "none":
+        raise ValueError("expected none; biases train by method: bitfit")
+    return _NOTHING
+
+
 # Arguments whose values have other words here too: where they go, and what is made of them.
 VALUES: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
     "fp16": ("training.mixed_precision", _mixed("fp16")),
     "bf16": ("training.mixed_precision", _mixed("bf16")),
     "max_steps": ("training.max_steps", _steps),
     "report_to": ("training.tensorboard", _report),
+    "group_by_length": ("training.train_sampling_strategy", _by_length),
     "metric_for_best_model": ("", _metric),
     "greater_is_better": ("", _less_is_better),
 }
+VALUES_LORA: Mapping[str, tuple[str, Callable[[Any], Any]]] = {"peft_type": ("", _lora), "bias": ("", _no_bias)}
+_VALUES_OF = {"training": VALUES, "lora": VALUES_LORA}
+_UNUSED_OF = {"training": UNUSED, "lora": UNUSED_LORA}
 _STRATEGIES = {"eval_strategy": "eval_steps", "save_strategy": "save_steps"}
 _KNOWN: Mapping[str, tuple[str, ...]] = {
-    "training": (*TrainingSettings.model_fields, *WORDS["training"], *VALUES, *_STRATEGIES, *OLD, *UNUSED),
+    "training": tuple(
+        dict.fromkeys((*TrainingSettings.model_fields, *WORDS["training"], *VALUES, *_STRATEGIES, *OLD, *UNUSED))
+    ),
     "data": (*DataSettings.model_fields, *WORDS["data"]),
+    "lora": (*LoraSettings.model_fields, *WORDS["lora"], *VALUES_LORA, *UNUSED_LORA),
 }
+_OF_A_JOB = ("output", "start", "stages")
 
 
 def respelt(content: Mapping[str, Any], where: str = "") -> tuple[dict[str, Any], list[str]]:
@@ -152,9 +217,16 @@ def respelt(content: Mapping[str, Any], where: str = "") -> tuple[dict[str, Any]
             page.problems.append(f"{where}{key}: found {type(value).__name__}; expected a mapping")
         elif key in WORDS[""]:
             page.put(WORDS[""][key], value, key)
-        else:
+        elif key in Plan.model_fields or key in _OF_A_JOB:
             page.put(key, value, key)
+        else:
+            page.unknown(key)
     return page.content, page.problems
+
+
+def _place(section: str, key: str) -> str:
+    """Where a section's word goes."""
+    return WORDS[section].get(key) or f"{section}.{key}"
 
 
 class _Page:
@@ -163,13 +235,33 @@ class _Page:
         self.problems: list[str] = []
         self._where = where
         self._said: dict[str, str] = {}
+        self._listed: set[str] = set()
 
     def section(self, said: str, section: str, values: Mapping[str, Any]) -> None:
         if not values:
             self.content.setdefault(section, {})
-        values = dict(values) if section == "data" else self._strategies(said, values)
+        values = self._strategies(said, values) if section == "training" else dict(values)
         for key, value in values.items():
-            self._word(f"{said}.{key}", section, key, value, foreign=said != section)
+            self._word(f"{said}.{key}", section, key, value)
+
+    def unknown(self, key: Any) -> None:
+        """A word at the top that is none there; it may have its place in a section."""
+        places = [section for section, known in _KNOWN.items() if key in known]
+        place = ELSEWHERE.get(key) or next((_place(section, key) for section in places), "")
+        if place:
+            self.problems.append(f"{self._where}{shown(str(key), 80)}: unknown at the top; write {place}")
+        else:
+            self._guess(shown(str(key), 80), key, (*Plan.model_fields, *_OF_A_JOB, *SECTIONS, *WORDS[""]), "")
+
+    def _guess(self, said: str, key: Any, known: Sequence[str], section: str) -> None:
+        """What a word that nobody knows may have meant; a list of all that are known stands there once."""
+        near = difflib.get_close_matches(str(key)[:80], known, n=1)
+        if near:
+            hint = f"; did you mean {near[0]!r}?"
+        else:
+            hint = "" if section in self._listed else f"; known here: {', '.join(known)}"
+            self._listed.add(section)
+        self.problems.append(f"{self._where}{said}: unknown key{hint}")
 
     def put(self, target: str, value: Any, said: str) -> None:
         if target in self._said:
@@ -186,14 +278,15 @@ class _Page:
                 return  # the plan itself says what is wrong with that section
         place[last] = copy.deepcopy(value)
 
-    def _word(self, said: str, section: str, key: Any, value: Any, *, foreign: bool) -> None:
+    def _word(self, said: str, section: str, key: Any, value: Any) -> None:
         if section == "training" and key in OLD:
             log.warning("%s%s: an old name; today it is %s", self._where, said, OLD[key])
             key = OLD[key]
-        if section == "training" and key in UNUSED:
-            log.warning("%s%s: has no meaning here and is left out: %s", self._where, said, UNUSED[key])
-        elif section == "training" and key in VALUES:
-            target, read = VALUES[key]
+        unused, values = _UNUSED_OF.get(section, {}), _VALUES_OF.get(section, {})
+        if key in unused:
+            log.warning("%s%s: has no meaning here and is left out: %s", self._where, said, unused[key])
+        elif key in values:
+            target, read = values[key]
             try:
                 value = read(value)
             except ValueError as error:
@@ -203,10 +296,8 @@ class _Page:
                 self.put(target, value, said)
         elif key in WORDS[section]:
             self.put(WORDS[section][key], value, said)
-        elif foreign and key not in _KNOWN[section]:
-            near = difflib.get_close_matches(str(key)[:80], _KNOWN[section], n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(_KNOWN[section])}"
-            self.problems.append(f"{self._where}{said}: unknown key; {hint}")
+        elif key not in _KNOWN[section]:
+            self._guess(said, key, _KNOWN[section], section)
         else:
             self.put(f"{section}.{key}", value, said)
 

@@ -1,6 +1,7 @@
 """The verb ``fedge generate``: answers of a base and of adapters."""
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -26,11 +27,14 @@ def generate(
 ) -> None:
     """Answers with the base, and with each adapter."""
     from protocol.configuration import parse
+    from protocol.errors import ConfigurationError
     from protocol.files import base_model_of, read_stored
     from protocol.plan import QUANTISED
     from strategies.adapters.serving import Served
     from strategies.base_model import EMBEDDED, find
 
+    if odd := [at for at, question in enumerate(questions, 1) if re.search("[\ud800-\udfff]", question)]:
+        raise ConfigurationError("command line", [f"question {at}: is not UTF-8; send it as UTF-8" for at in odd])
     name = base_model or (base_model_of(adapter[0]) if adapter else EMBEDDED)
     method = "qlora" if precision in QUANTISED else "lora"
     told = {"base_model": name, "precision": precision, "method": method, "data": {"max_length": max_new_tokens}}

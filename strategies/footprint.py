@@ -96,6 +96,7 @@ def setup_of(plan: Plan, architecture: Architecture, machine: Machine, sharding:
         "gpus": max(1, machine.gpus),
         "sharding": sharding,
         "kbit_preparation": quantised,
+        "folded_experts": plan.method == "experts" and plan.experts.train != "router",
         "device": machine.device,
     }
     return Setup(**values)

@@ -82,7 +82,7 @@ class Job(Plan):
         plan = Plan(**{name: getattr(last, name) for name in Plan.model_fields})
         if plan.objective != "classification" or plan.data.labels is not None or last.data.train is None:
             return plan
-        labels = distinct_labels(last.data.train, skip=last.data.on_bad_rows == "skip")
+        labels = distinct_labels(last.data.train, skip=last.data.on_bad_rows == "skip", columns=last.data.columns)
         return plan.model_copy(update={"data": plan.data.model_copy(update={"labels": labels})})
 
     def _job(self, number: int) -> "Job":

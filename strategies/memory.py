@@ -14,7 +14,9 @@ logits, ``liger``           one tile of the next power of two above ``T h / V`` 
 nf4                         0.5 B and a float32 scale for 64 weights; doubly quantised a byte for 64, a scale for 256 of these
 int8                        1 B and a float32 scale for each row; embeddings, norms and the head are left alone; its inputs
                             stay under checkpointing (non-re-entrant), held where its hooks do not reach
-experts                     transformers 5 holds them in packed parameters, which bitsandbytes does not quantise
+experts                     transformers 5 holds them in packed parameters, which bitsandbytes does not quantise; where they
+                            are adapted, each layer keeps a changed copy for the backward pass (PEFT ``ParamWrapper``), and
+                            one layer has its gradient
 k-bit preparation           all that is not quantised in float32 (PEFT ``prepare_model_for_kbit_training``)
 LoRA                        float32 factors (PEFT ``autocast_adapter_dtype``)
 Adam's step                 one more tensor list of the weights' size (torch ``_multi_tensor_adamw``); none when fused
@@ -130,6 +132,7 @@ class Setup:
         attention: Kernel.
         dropout: The base drops out while it trains, if its configuration says so.
         kbit_preparation: ``prepare_model_for_kbit_training`` was called.
+        folded_experts: Adapted ones: PEFT computes with the sum of each packed parameter and its change, a copy for each layer.
         packed_experts: As transformers 5 holds experts; before, each was a linear layer of its own.
         device: The GPU's allocator and kernels, or a CPU's.
     """
@@ -157,6 +160,7 @@ class Setup:
     sharding: Sharding = "none"
     kbit_preparation: bool = False
     packed_experts: bool = True
+    folded_experts: bool = False
     device: Device = "cuda"
 
     def __post_init__(self) -> None:
@@ -471,6 +475,21 @@ class _Step:
 
     def _constant(self) -> dict[str, float]:
         """Copies of weights: in 16 bits under autocast over float32 ones, and of a quantised layer while it computes."""
+        copies, folded = self._copies(), self._folded()
+        return {moment: copies[moment] + folded[moment] for moment in copies}
+
+    def _folded(self) -> dict[str, float]:
+        """Of experts that are adapted: weights with their change, of every layer or (checkpointing) of the one at work."""
+        if not self.s.folded_experts:
+            return {"forward": 0.0, "layer": 0.0}
+        held = 4 if self.s.kbit_preparation else self.stored
+        each = [(block.count, held * self.a.expert_weights(block)) for block in self.a.blocks]
+        one = max((size for _, size in each), default=0.0)
+        if self.s.gradient_checkpointing:
+            return {"forward": one, "layer": 2 * one}
+        return {"forward": sum(count * size for count, size in each), "layer": one}
+
+    def _copies(self) -> dict[str, float]:
         a, s = self.a, self.s
         largest = max((layer.weights for _, layer in a.each_linear()), default=0)
         if s.quantization != "none":

@@ -173,7 +173,7 @@ def plan(
     """Finds the best way to fine-tune that fits this machine, and says why."""
     from strategies.request import answer
 
-    asked = _asked(question, base_model, data, task, limit, wish, gpu_memory, gpus, profile, output)
+    asked = _asked(question, base_model, data, task, limit, wish, gpu_memory, gpus, profile, output, calibrate=calibrate)
     found, measured = answer(asked), None
     if calibrate and found.selection.chosen:
         from strategies.calibration import calibrate as measure
@@ -264,6 +264,8 @@ def _asked(
     gpus: int | None,
     profile: str | None,
     output: Path | None = None,
+    *,
+    calibrate: bool = False,
 ) -> Any:
     """The request of a file, with what the command line says on top."""
     from protocol.configuration import parse, read_yaml
@@ -273,10 +275,11 @@ def _asked(
     content = {} if question is None else read_yaml(question)
     if not isinstance(content, dict):
         parse(content, Request, source=str(question))
-    problems = _unwritable(output, question, data) if output else []
     if data is None and question is not None and isinstance(named := content.get("data"), str):
         content["data"] = str(question.resolve().parent / named)
     content |= {name: value for name, value in (("base_model", base_model), ("data", data and str(data))) if value is not None}
+    read = [question, *(Path(one) for name in ("data", "base_model") if isinstance(one := content.get(name), str))]
+    problems = _unwritable(output, read) if output else []
     machine = {"gpu_memory": gpu_memory, "gpus": gpus, "profile": profile}
     said = {"task": _pairs(task or (), "--task", problems), "limits": _pairs(limit or (), "--limit", problems)}
     said |= {"wishes": _pairs(wish or (), "--wish", problems)}
@@ -286,16 +289,18 @@ def _asked(
             content[section] = given
         elif isinstance(there, dict):
             content[section] = {**there, **given}
+    if calibrate and content["hardware"]:
+        problems.append("--calibrate: measures this machine and no described one; leave out the hardware")
     return checked(content, str(question or "command line"), problems)
 
 
-def _unwritable(output: Path, *read: Path | None) -> list[str]:
+def _unwritable(output: Path, read: Sequence[Path | None]) -> list[str]:
     """Why a file must not be written there."""
     expected = "expected the path of a YAML file, new or to be replaced"
     try:
         if output.exists() and not output.is_file():
             return [f"--output: {output} is no file; {expected}"]
-        if any(one is not None and one.exists() and output.exists() and one.samefile(output) for one in read):
+        if output.exists() and any(one is not None and one.resolve() == output.resolve() for one in read):
             return [f"--output: {output} is what is read here; {expected}"]
         above = next(folder for folder in output.resolve().parents if folder.exists())
     except OSError as error:

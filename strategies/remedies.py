@@ -47,7 +47,10 @@ def _fits(one: Candidate) -> str:
 
 def _larger(rejected: Sequence[Rejected], limits: Limits) -> list[str]:
     """The machine by name that would do for what needs least."""
-    least = min((one for one in rejected if one.needs_bytes), key=lambda one: one.needs_bytes or 0, default=None)
+    sized = [one for one in rejected if one.needs_bytes]
+    # Of little use would be what needs least of all, if it learns least of all.
+    near = [one for one in sized if one.name.startswith(("lora", "qlora"))] or sized
+    least = min(near, key=lambda one: one.needs_bytes or 0, default=None)
     if least is None or least.needs_bytes is None:
         return []
     rooms = {

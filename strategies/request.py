@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from protocol.configuration import parse
 from protocol.data_settings import located
@@ -112,8 +112,8 @@ def _beside(found: Selection, *, described: bool, counted: bool) -> list[str]:
     """What to know of an answer that no rule or size says."""
     told = []
     if found.chosen is not None and found.chosen.seconds is None:
-        way = "give --profile: those machines' rates are known" if described else "--calibrate measures it"
-        told.append(f"how fast this machine computes is to be had: {way}")
+        way = "name a machine with --profile, whose rates are known" if described else "--calibrate measures this machine"
+        told.append(f"to know how long it takes: {way}")
     if not counted:
         told.append(
             "the base's tokenizer is not here: lengths are guesses from bytes, without the words that its chat template adds; "
@@ -144,10 +144,24 @@ def job_of(plans: Sequence[Plan], reasons: Sequence[Mapping[str, str]], request:
         each.append({"base_model": named, **rows, **decided(placed, why)})
     if len(each) == 1:
         return nested(each[0]) | {"output": str(output)}
-    missing = object()
-    common = {name: value for name, value in each[0].items() if all(one.get(name, missing) == value for one in each)}
+    common = _common(each)
     own = [nested({name: value for name, value in one.items() if name not in common}) for one in each]
     return nested(common) | {"output": str(output), "stages": own}
+
+
+def _common(each: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What all stages say alike. It is read as a plan of its own too, so a section that is none in part stays with each."""
+    missing = object()
+    alike = {name: value for name, value in each[0].items() if all(one.get(name, missing) == value for one in each)}
+    differing = {name.partition(".")[0] for one in each for name in one if name not in alike}
+    whole = {name: value for name, value in alike.items() if name.partition(".")[0] not in differing}
+    for common in (alike, whole):
+        try:
+            Plan.model_validate(nested(common))
+        except ValidationError:
+            continue
+        return common
+    return {}
 
 
 # What a plan holds of free names, which may have dots.

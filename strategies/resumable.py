@@ -103,6 +103,9 @@ class _Resumable(Trainer):  # type: ignore[misc]
                 },
             )
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """None: TRL's would call the base nameless and praise an example of its own."""
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         import torch
         from peft import PeftModel
@@ -123,6 +126,7 @@ class _Resumable(Trainer):  # type: ignore[misc]
         torch.save(held, folder / _FILE)
         if isinstance(self.model, PeftModel):  # so that others can use it too
             super()._save(output_dir, state_dict)
+            (folder / "README.md").unlink(missing_ok=True)  # PEFT's form of a model card, with nothing filled in
 
     def _score(self) -> float | None:
         """How good the evaluation at this step was; more is better."""
@@ -161,12 +165,18 @@ class _Resumable(Trainer):  # type: ignore[misc]
         return held
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        """TRL's sampler for answers draws one order after the other from a generator: those of epochs that are over go by."""
+        """A sampler that draws one order after the other from a generator: those of epochs that are over go by."""
         import torch
+        from transformers.trainer_pt_utils import LengthGroupedSampler
 
         sampler = super()._get_train_sampler(*args, **kwargs)
-        if self.course.found and hasattr(sampler, "mini_repeat_count"):
-            for _ in range(int(round(self.course.found.facts["epoch"], 6))):
+        by_length = isinstance(sampler, LengthGroupedSampler)
+        if by_length:  # or it would draw from what a checkpoint puts back in the middle of an epoch
+            sampler.generator = torch.Generator().manual_seed(self.args.seed)
+        for _ in range(int(round(self.course.found.facts["epoch"], 6)) if self.course.found else 0):
+            if by_length:
+                list(sampler)
+            elif hasattr(sampler, "mini_repeat_count"):  # TRL's, for answers
                 torch.randperm(sampler.num_samples, generator=sampler.generator)
         return sampler
 

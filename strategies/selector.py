@@ -454,7 +454,7 @@ def _warnings(problem: Problem, chosen: Candidate | None, rejected: Sequence[Rej
         told.append(f"{problem.task.classes} labels and {problem.task.rows} rows: labels without a row are not learnt")
     told += _unchecked(problem, chosen)
     told += _unnamed(problem, chosen) if chosen else []
-    unused = next((one for one in rejected if " then " in one.name or one.name.endswith(("rl", "kto", "dpo"))), None)
+    unused = next((one for one in rejected if " then " in one.name), None)
     if chosen is not None and unused is not None and problem.task.feedback != "none" and len(chosen.stages) == 1:
         told.append(f"feedback={problem.task.feedback} is not learnt from; {unused.name}: {unused.reason}")
     if chosen is not None:

@@ -17,7 +17,9 @@ from strategies.sizing import EFFECTIVE_BATCH, Problem, rounded, rows_for
 from strategies.task import Limits, Task
 
 # Fewer optimizer steps than these hardly move a model: 21 of them, on 108 rows, learnt nothing that was asked for.
-_FEWEST_STEPS, _MOST_PASSES, _SMALLEST_BATCH = 60, 20, 4
+# Preferences are overfitted sooner than answers.
+_FEWEST_STEPS, _SMALLEST_BATCH = 60, 4
+_MOST_PASSES = {False: 20, True: 5}  # by whether the objective refers to the model before it
 _WHY_OBJECTIVE: Mapping[str, str] = {
     "sft": "answers are learnt",
     "dpo": "of two answers, the better is preferred",
@@ -151,8 +153,9 @@ def settled(
     put(few, f"{rows_for(objective, problem.task)} rows: so that there are about {_FEWEST_STEPS} steps")
     for rule in found:
         if _first(rule, method) and not preferences:
-            for name, (value, why) in rule.measured.items():
-                put({name: value}, why)
+            for name, several in rule.measured.items():
+                best = next(one for one in several if problem.architecture.parameters < one.below)
+                put({name: best.value}, best.why)
         put(_from(rule, method, problem, preferences=preferences), f"rule {rule.id}")
     if objective == "rl" and problem.task.feedback == "pairs" and "rl.reward_functions" not in values:
         put({"rl.reward_model": REWARD_STAGE}, "trained in the stage before")
@@ -252,9 +255,10 @@ def _few_rows(
     passes = next(filter(None, told), _passes(objective))
     if rows * passes >= _FEWEST_STEPS * batch:
         return {}
-    while batch > _SMALLEST_BATCH and _FEWEST_STEPS * batch > _MOST_PASSES * rows:
+    most = _MOST_PASSES[objective in REFERRING]
+    while batch > _SMALLEST_BATCH and _FEWEST_STEPS * batch > most * rows:
         batch //= 2
-    more = float(min(_MOST_PASSES, max(passes, math.ceil(_FEWEST_STEPS * batch / rows))))
+    more = float(min(most, max(passes, math.ceil(_FEWEST_STEPS * batch / rows))))
     return {names[0]: more} | ({names[2]: batch} if batch < EFFECTIVE_BATCH else {})
 
 

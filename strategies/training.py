@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import math
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,7 @@ from strategies.objectives.penalty import penalised
 from strategies.objectives.proximal import proximal
 from strategies.objectives.reference import OVER_GIVEN_ANSWERS, switchable, told
 from strategies.objectives.work import Work
+from strategies.progress import bar, teller
 from strategies.resumable import Course, finite, resumable
 
 log = logging.getLogger(__name__)
@@ -120,9 +122,9 @@ def fit(
         own_labels: Classification: the only rows of the head that train; None for all.
         stretch: Where on a longer learning-rate schedule this is.
         probe: General rows; ``plan.forgetting`` says how much the model may lose there (``strategies.forgetting``).
-        folder: Keeps checkpoints and TensorBoard logs; without it nothing is kept.
+        folder: Keeps checkpoints, TensorBoard logs and the curve (``strategies.progress``); without it nothing is kept.
         whole: A method that trains weights of the base saves the model that it made there, as transformers do.
-        progress: Show progress bars.
+        progress: Say how far it is on standard error, every ``logging_steps``; with a bar where that is a terminal.
 
     Raises:
         UserError: The plan, the rows, the base and the machine do not fit together, or training diverged twice.
@@ -261,11 +263,13 @@ def _fit(task: _Task, place: Path) -> Trained:
 
 
 def _train(task: _Task, place: Path, kept: Checkpoints, found: Sealed | None) -> Trained:
-    from transformers import PrinterCallback, set_seed
+    from transformers import PrinterCallback, ProgressCallback, set_seed
 
     plan, base, near, start = task.plan, task.base, task.near, task.start
     reads = load_tokenizer(base)
     train, held = _encoded(task.rows, reads, plan), _encoded(task.held_out, reads, plan) if task.watched else None
+    if processes.is_first():
+        _warn_of_long_rows(train, len(task.rows), plan)
     given, moved = plan.objective in OVER_GIVEN_ANSWERS, bool(near.factors or near.dense)
     if given and moved:  # first of all, so that there is never more than one model in memory
         train, held = _told(train, held, *with_adapter(plan, base, near), plan)
@@ -289,9 +293,10 @@ def _train(task: _Task, place: Path, kept: Checkpoints, found: Sealed | None) ->
         reference=with_adapter(plan, base, near)[0] if second else None,
         trainer_class=lambda parent: resumable(_trainer(parent, plan, task.stretch), course),
     )
-    arguments = _arguments(plan, place, task.watched, task.progress)
+    arguments = _arguments(plan, place, task.watched)
     watching = guards(plan, task.probe, reads)
     arguments["callbacks"] += [*method.callbacks(model, plan, task.stretch.done), *(guard.callback() for guard in watching)]
+    arguments["callbacks"].append(teller(place, aloud=task.progress))
     trainer = _OBJECTIVES[plan.objective].trainer(work, **arguments)
     trainer.args._n_gpu = 1  # noqa: SLF001 - one process, one device; several GPUs go through accelerate's launcher
     _full_precision(model, plan)
@@ -299,7 +304,10 @@ def _train(task: _Task, place: Path, kept: Checkpoints, found: Sealed | None) ->
     taken = NOTHING if start.factors else method.begin(model, plan, base)
     method.train_only(model, task.trains)
     begun = time.perf_counter()
-    trainer.remove_callback(PrinterCallback)
+    for raw in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(raw)
+    if task.progress and sys.stderr.isatty():
+        trainer.add_callback(bar())
     result = trainer.train(resume_from_checkpoint=str(found.path) if found else None)
     if not finite(trainer.optimizer):
         raise Diverged(result.global_step, result.global_step - 1, "its weights are not finite")
@@ -360,6 +368,21 @@ def _encoded(rows: Sequence[Row], tokenizer: Any, plan: Plan) -> Encoded:
     return encoded
 
 
+def _warn_of_long_rows(train: Encoded, given: int, plan: Plan) -> None:
+    if plan.objective == "pretraining" or not (train.cut or train.dropped):
+        return  # of blocks none is too long
+    cut = train.cut - train.dropped
+    parts = [f"{cut} cut at their end"] if cut > 0 else []
+    parts += [f"{train.dropped} left out, for nothing is left to learn"] if train.dropped else []
+    log.warning(
+        "of %d rows %s: data.max_length is %d tokens, and the longest row has %d",
+        given,
+        ", ".join(parts),
+        plan.data.max_length,
+        train.longest,
+    )
+
+
 def _told(train: Encoded, kept: Encoded | None, model: Any, tokenizer: Any, plan: Plan) -> tuple[Encoded, Encoded | None]:
     """The rows with what the reference, this model, says of them."""
     import torch
@@ -371,7 +394,7 @@ def _told(train: Encoded, kept: Encoded | None, model: Any, tokenizer: Any, plan
     return replace(train, rows=told(train.rows, model, plan, pad)), kept
 
 
-def _arguments(plan: Plan, folder: Path, watch: bool, progress: bool) -> dict[str, Any]:
+def _arguments(plan: Plan, folder: Path, watch: bool) -> dict[str, Any]:
     import torch
     from transformers import EarlyStoppingCallback
 
@@ -394,6 +417,8 @@ def _arguments(plan: Plan, folder: Path, watch: bool, progress: bool) -> dict[st
         "lr_scheduler_type": t.lr_scheduler_type,
         # transformers 5: below 1 it is a share of all steps
         "warmup_steps": t.warmup_ratio if t.warmup_steps is None else t.warmup_steps,
+        # Some objectives have an order of their own, which TRL's arguments name.
+        **({} if t.train_sampling_strategy == "random" else {"train_sampling_strategy": t.train_sampling_strategy}),
         "optim": t.optim,
         "adam_beta1": t.adam_beta1,
         "adam_beta2": t.adam_beta2,
@@ -416,7 +441,7 @@ def _arguments(plan: Plan, folder: Path, watch: bool, progress: bool) -> dict[st
         "load_best_model_at_end": best,
         "logging_steps": t.logging_steps,
         "report_to": ["tensorboard"] if t.tensorboard else [],
-        "disable_tqdm": not progress,
+        "disable_tqdm": True,
         **_divided(plan),
     }
 

@@ -1,6 +1,6 @@
 """Who writes answers to prompts: a model on this machine, with or without an adapter, or an endpoint."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -80,17 +80,17 @@ def continuations(
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
     *,
-    temperature: float,
     max_new_tokens: int,
     batch_size: int,
-    seed: int,
+    temperature: float = 0.0,
+    seed: int = 0,
 ) -> list[list[int]]:
     """Token ids that a model writes after each prompt, with the token that ends it; torch's own generator is left as it was.
 
     Args:
         model: A decoder in evaluation mode, with or without an adapter.
         tokenizer: For padding and the end.
-        prompts: Token ids.
+        prompts: Token ids; what is written comes in their order, whatever batches they share.
         temperature: Of the draw from the whole distribution; 0 takes the likeliest.
         max_new_tokens: Longest.
         batch_size: Prompts at a time.
@@ -99,11 +99,12 @@ def continuations(
     import torch
 
     draw = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
-    pad, ends, made = int(tokenizer.pad_token_id or 0), _ends(model, tokenizer), []
+    pad, ends = int(tokenizer.pad_token_id or 0), _ends(model, tokenizer)
+    made: dict[int, list[int]] = {}
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(seed)
-        for first in range(0, len(prompts), batch_size):
-            part = [list(prompt) for prompt in prompts[first : first + batch_size]]
+        for places in _batches(prompts, batch_size, alike=_has_virtual_tokens(model)):
+            part = [list(prompts[at]) for at in places]
             width = max(map(len, part))
             ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in part], device=model.device)
             mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in part], device=model.device)
@@ -115,10 +116,27 @@ def continuations(
                 pad_token_id=pad,
                 **draw,
             )[:, width:].tolist()
-            made += [
-                answer[: next((at + 1 for at, token in enumerate(answer) if token in ends), len(answer))] for answer in told
-            ]
-    return made
+            for at, answer in zip(places, told, strict=True):
+                made[at] = answer[: next((end + 1 for end, token in enumerate(answer) if token in ends), len(answer))]
+    return [made[at] for at in range(len(prompts))]
+
+
+def _batches(prompts: Sequence[Sequence[int]], size: int, *, alike: bool) -> Iterator[list[int]]:
+    """Places of prompts of like length, longest first: what does not fit into memory shows at once."""
+    batch: list[int] = []
+    for at in sorted(range(len(prompts)), key=lambda at: -len(prompts[at])):
+        if batch and (len(batch) == size or (alike and len(prompts[at]) != len(prompts[batch[0]]))):
+            yield batch
+            batch = []
+        batch.append(at)
+    if batch:
+        yield batch
+
+
+def _has_virtual_tokens(model: Any) -> bool:
+    """PEFT puts them before the padding, and counts positions from there: padded, the text would stand too far from them."""
+    config = getattr(model, "active_peft_config", None)
+    return config is not None and bool(config.is_prompt_learning)
 
 
 def second_model(settings: SecondModel) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":

@@ -14,9 +14,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from protocol.adapter import Adapter, Array, Factors
-from protocol.errors import AdapterError
+from protocol.errors import AdapterError, shown
 from protocol.files import Stored
-from protocol.product_space import compress
+from protocol.product_space import compress, inner, squared_norm
 
 Way = Literal[
     "svd",
@@ -76,6 +76,19 @@ def combine(
     return Adapter(_by_peft(adapters, weights, way, r, density, seed, shapes), dense)
 
 
+def energy_kept(adapters: Sequence[Stored], weights: Sequence[float], made: Adapter) -> float:
+    """The squared norm of what ``svd`` made over that of the sum of the changes, over all matrices: 1 if nothing was cut off.
+
+    Args:
+        adapters: That were combined.
+        weights: One for each.
+        made: Of them, by ``svd``: what it cuts off is orthogonal to what it keeps.
+    """
+    terms = [_terms(module, adapters, weights) for module in made.factors]
+    whole = sum(inner(each, each) for each in terms)
+    return min(sum(map(squared_norm, made.factors.values())) / whole, 1.0) if whole else 1.0
+
+
 def _check(adapters: Sequence[Stored]) -> None:
     whole: dict[str, Stored] = {}
     bases = {stored.manifest.base_digest: stored for stored in adapters if stored.manifest}
@@ -85,6 +98,8 @@ def _check(adapters: Sequence[Stored]) -> None:
     if len({stored.task_type for stored in adapters}) > 1:
         raise AdapterError(f"adapters for different tasks: {', '.join(stored.task_type or 'none' for stored in adapters)}")
     for stored in adapters:
+        if stored.task_type not in ("", "CAUSAL_LM", "SEQ_CLS"):
+            raise AdapterError(f"{stored.folder}: an adapter for {shown(stored.task_type, 80)}; expected CAUSAL_LM or SEQ_CLS")
         if stored.settings["method"] != "lora" or stored.settings["lora"]["use_dora"]:
             kind = "dora" if stored.settings["method"] == "lora" else stored.settings["method"]
             raise AdapterError(f"{stored.folder}: {kind} adapters do not add up; expected LoRA (lora, qlora, adalora)")
@@ -108,9 +123,12 @@ def _shapes(adapters: Sequence[Stored]) -> dict[str, tuple[int, int]]:
                     f"{stored.folder}: {module} has shape {pair.shape}, in an earlier adapter {shapes[module]}; expected "
                     "adapters of one base"
                 )
-    # Names that begin other names, dot by dot, are those of blocks.
-    if inside := sorted(name for name in shapes if any(name[:at] in shapes for at, c in enumerate(name) if c == ".")):
-        raise AdapterError(f"{inside[0]}: lies in a layer that has factors itself; expected adapters of one base")
+    for name in shapes:  # names that begin other names, dot by dot, are those of blocks
+        parts = name.split(".")
+        if not all(parts) or any(".".join(parts[:at]) in shapes for at in range(1, len(parts))):
+            raise AdapterError(
+                f"{name}: has no name of a layer, or lies in one that has factors; expected adapters of one base"
+            )
     return shapes
 
 

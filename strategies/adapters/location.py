@@ -29,11 +29,13 @@ class Location:
         from fsspec.core import url_to_fs
         from fsspec.implementations.local import LocalFileSystem
 
+        if not url:
+            raise ConfigurationError("location", ["found none; expected a folder or a URL, such as file:///srv/adapters"])
         try:
             self._fs, root = url_to_fs(url, use_listings_cache=False)
         except ImportError as error:
             raise ConfigurationError(url, [f"{error}; install that package with pip, beside fedge"]) from None
-        except (ValueError, OSError) as error:
+        except (ValueError, TypeError, OSError) as error:  # a TypeError where it needs more than a URL
             raise ConfigurationError(url, [f"no location that fsspec knows ({error})"]) from None
         self.url, self._root = url, root.rstrip("/")
         self._local = isinstance(self._fs, LocalFileSystem)
@@ -107,6 +109,8 @@ class Location:
                     )
                 sha.update(block)
                 written.write(block)
+        if left:
+            raise AdapterError(f"{self.url}: {path}: lacks {left} of the {size_bytes} bytes that it should have; do not use it")
         return sha.hexdigest()
 
     def remove(self, path: str) -> None:
@@ -151,7 +155,7 @@ class Location:
             raise
         except FileNotFoundError:
             raise AdapterError(f"{self.url}: {path}: is not there") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, NotImplementedError) as error:
             raise AdapterError(f"{self.url}: {path}: {type(error).__name__}: {shown(str(error), 200)}") from None
 
 

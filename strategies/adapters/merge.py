@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from protocol.configuration import parse
 from protocol.errors import AdapterError, ModelError
-from protocol.files import Stored, whole_folder
+from protocol.files import Stored, full_disks, whole_folder
 from protocol.plan import COMPRESSED, QUANTISED, Method, Plan
 from strategies.adapted import attached
 from strategies.base_model import Base, configuration, load, original_weight, skeleton
@@ -84,7 +84,7 @@ def merge(base: Base, stored: Stored, target: Path, *, plan: Plan | None = None,
     model = _plain(_with(model, use, stored))
     _settle(model, base, use)
     rounding = _round(model, base, kept)
-    with whole_folder(target) as draft:
+    with whole_folder(target) as draft, full_disks():
         model.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
     return Merged(target, base.digest, stored.adapter.digest(), method, kept, rounding, tuple(_remarks(stored, method)))

@@ -30,9 +30,10 @@ from protocol.errors import AdapterError, shown
 from protocol.files import read_stored, whole_folder
 from protocol.plan import Plan
 from strategies.adapters.location import Location
-from strategies.adapters.version import DRAWN, NAME, NUMBER, File, Lineage, Version, described, lineage_of, sources
+from strategies.adapters.version import DRAWN, NAME, NUMBER, Figures, File, Lineage, Version, described, lineage_of, sources
 
 LATEST = "latest"
+LESS_IS_BETTER = frozenset({"loss", "perplexity", "ece", "brier", "mae", "mse", "rmse"})
 _ABANDONED_SECONDS = 86_400  # files without a version that are older were left by a publisher that died
 
 
@@ -85,6 +86,17 @@ class Registry:
         newest = self.versions(name)[-1:]
         return {**dict.fromkeys([LATEST] if newest else [], "".join(newest)), **found}
 
+    def leading(self, name: str, figure: str = "loss") -> tuple[str, float, int] | None:
+        """The version with the best value of a figure, that value, and on how many rows; None where no version has one.
+
+        Only versions that were measured on as many rows as the newest measured one are compared: others were on other rows.
+        """
+        found = (self._found(name, version) for version in self.versions(_name(name)))
+        measured = [(one, one.figures) for one in found if one and one.figures and figure in one.figures.values]
+        values = [(one.version, told.values[figure], told.rows) for one, told in measured]
+        sign = 1 if figure.rpartition("/")[2] in LESS_IS_BETTER else -1
+        return min((each for each in values if each[2] == values[-1][2]), key=lambda each: sign * each[1], default=None)
+
     def show(self, reference: str) -> Version:
         """One version.
 
@@ -116,6 +128,7 @@ class Registry:
         parents: Sequence[str] = (),
         data_card: Path | None = None,
         plan: Plan | None = None,
+        figures: Figures | None = None,
     ) -> Version:
         """Publishes an adapter's folder with all files in it.
 
@@ -127,6 +140,7 @@ class Registry:
             parents: NAME, NAME@NUMBER or NAME@TAG of what it was made from.
             data_card: A file whose digest is kept.
             plan: That it was trained with; its paths are left out.
+            figures: What was measured of it.
 
         Returns:
             The version; the one that is there already if it is equal to the byte.
@@ -144,7 +158,7 @@ class Registry:
         lineage = lineage_of(stored, base_digest, [self.show(parent).reference for parent in parents], data_card, plan)
         files = {path: described(source) for path, source in found.items()}
         there = self.versions(name)
-        if version is None and there and (newest := self._same(name, there[-1], files, lineage)):
+        if version is None and there and (newest := self._same(name, there[-1], files, lineage, figures)):
             return newest
         if version in self._location.inside(name, "removed"):
             raise AdapterError(f"{self.location}: {name}@{version} was removed, and versions do not come back; name a new one")
@@ -156,6 +170,7 @@ class Registry:
             files=files,
             lineage=lineage,
             published_seconds=int(time.time()),
+            figures=figures,
         )
         if version in there:
             return self._equal(made)
@@ -198,7 +213,8 @@ class Registry:
         """Points a tag to a version, or takes it away; returns the version.
 
         Raises:
-            AdapterError: There is no such version, or the tag is ``latest``, which the newest version has by itself.
+            AdapterError: There is no such version, it does not bear the tag that is to go, or the tag is ``latest``, which the
+                newest version has by itself.
         """
         if tag == LATEST or not re.fullmatch(NAME, tag):
             raise AdapterError(
@@ -207,8 +223,11 @@ class Registry:
         found = self.show(reference)
         place = f"{found.name}/tags/{tag}"
         if remove:
+            was = self._tagged(found.name, tag)
+            if was is None or ("@" in reference and was != found.version):
+                raise AdapterError(f"{self.location}: {shown(reference, 200)} does not bear the tag {tag}; name what does")
             self._location.remove(place)
-            return found.version
+            return was
         self._location.put(place, found.version.encode())
         if found.version not in self.versions(found.name):
             raise AdapterError(f"{self.location}: {found.reference} was removed meanwhile; tag another version")
@@ -295,7 +314,7 @@ class Registry:
             return made
 
     def _equal(self, made: Version) -> Version:
-        there = self._same(made.name, made.version, made.files, made.lineage)
+        there = self._same(made.name, made.version, made.files, made.lineage, made.figures)
         if there is None:
             raise AdapterError(
                 f"{self.location}: {made.reference} is there with other content, and versions do not change; publish it as "
@@ -303,9 +322,11 @@ class Registry:
             )
         return there
 
-    def _same(self, name: str, version: str, files: Mapping[str, File], lineage: Lineage) -> Version | None:
+    def _same(
+        self, name: str, version: str, files: Mapping[str, File], lineage: Lineage, figures: Figures | None
+    ) -> Version | None:
         there = self._read(name, version)
-        return there if (there.files, there.lineage) == (dict(files), lineage) else None
+        return there if (there.files, there.lineage, there.figures) == (dict(files), lineage, figures) else None
 
     def _read(self, name: str, version: str) -> Version:
         found = self._found(name, version)
@@ -362,4 +383,5 @@ def _place(version: Version) -> str:
 
 
 def _written(version: Version) -> bytes:
-    return json.dumps(version.model_dump(mode="json"), indent=2, sort_keys=True).encode()
+    told = version.model_dump(mode="json", exclude=None if version.figures else {"figures"})
+    return json.dumps(told, indent=2, sort_keys=True).encode()

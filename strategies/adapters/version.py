@@ -1,6 +1,8 @@
 """What a registry keeps of one version of an adapter: digests of its files, and what it came from."""
 
 import hashlib
+import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,7 +20,8 @@ NUMBER = r"(0|[1-9][0-9]{0,8})(\.(0|[1-9][0-9]{0,8})){0,3}"
 DRAWN = r"[0-9]{1,12}-[0-9a-f]{16}"
 _FILE = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9_][A-Za-z0-9._-]{0,127}){0,3}"
 _DIGEST = "[0-9a-f]{64}"
-_MOST_FILES, _LONGEST = 256, 500
+_MOST_FILES, _LONGEST, _MOST_FIGURES = 256, 500, 256
+_FIGURE = r"[A-Za-z0-9][A-Za-z0-9 ._/@-]{0,99}"
 
 _Digest = Annotated[str, StringConstraints(pattern=f"^{_DIGEST}$")]
 _Text = Annotated[str, StringConstraints(max_length=_LONGEST)]
@@ -63,6 +66,25 @@ class Lineage(_Frozen):
     plan: dict[str, Any] | None = None
 
 
+class Figures(_Frozen):
+    """What was measured of a version, by whoever published it.
+
+    Attributes:
+        rows: On how many.
+        values: By name, such as ``loss``.
+    """
+
+    rows: int = Field(ge=0)
+    values: dict[Annotated[str, StringConstraints(pattern=f"^{_FIGURE}$")], float] = Field(
+        min_length=1, max_length=_MOST_FIGURES
+    )
+
+    @field_validator("values")
+    @classmethod
+    def _finite(cls, values: dict[str, float]) -> dict[str, float]:
+        return {name: value for name, value in values.items() if math.isfinite(value)}
+
+
 class Version(_Frozen):
     """What ``versions/N.json`` holds.
 
@@ -70,6 +92,7 @@ class Version(_Frozen):
         folder: Where its files are, under ``files/``.
         files: Digest and size by path.
         published_seconds: When, since 1970.
+        figures: None where none were given.
     """
 
     format_version: Literal[1] = 1
@@ -79,6 +102,7 @@ class Version(_Frozen):
     files: dict[Annotated[str, StringConstraints(pattern=f"^{_FILE}$")], File] = Field(min_length=1, max_length=_MOST_FILES)
     lineage: Lineage
     published_seconds: int = Field(ge=0)
+    figures: Figures | None = None
 
     @field_validator("files")
     @classmethod
@@ -127,6 +151,33 @@ def sources(folder: Path) -> dict[str, Path]:
     if len(found) > _MOST_FILES:
         raise AdapterError(f"{folder}: holds {len(found)} files, more than {_MOST_FILES}; publish the adapter's own folder")
     return found
+
+
+def figures_of(path: Path, folder: Path) -> Figures:
+    """What ``fedge evaluate --json`` or its report says of an adapter.
+
+    Args:
+        path: A JSON file with ``rows`` and ``results``: figures by adapter, the base's beside them.
+        folder: The adapter; where one alone was measured, it may have lain elsewhere.
+
+    Raises:
+        AdapterError: It is no such file, or says nothing of this adapter.
+    """
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        results = {str(who): values for who, values in told["results"].items() if who != "base"}
+        mine = [values for who, values in results.items() if Path(who).resolve() == folder.resolve()]
+        if not mine and len(results) == 1:
+            mine = list(results.values())
+        if mine:
+            values = {name: float(value) for name, value in mine[0].items()}
+            return Figures(rows=told["rows"], values=values)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
+        raise AdapterError(
+            f"{path}: no figures ({type(error).__name__}); expected what fedge evaluate --json prints, or its report.json"
+        ) from None
+    measured = ", ".join(shown(who, 80) for who in results) or "none"
+    raise AdapterError(f"{path}: says nothing of {folder}; measured were {measured}")
 
 
 def lineage_of(

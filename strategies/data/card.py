@@ -33,6 +33,14 @@ CARD, TEMPLATE = "data-card.json", "chat_template.jinja"  # transformers reads t
 FORMAT = 1
 # Of more rows, some that are spread evenly are looked at; near duplicates are looked for among the first so many.
 _COMPARED, _LOOKED_AT = 5000, 1000
+_DEFINITIONS = {
+    "exact": "rows that say word for word what an earlier one says, training and held-out rows together",
+    "near": "rows that say nearly what an earlier one says, exact ones included, training and held-out rows together",
+    "held_out_like_training": "of the near ones, held-out rows that say nearly what a training row says: they flatter",
+    "like_held_out": "training rows that were left out since they say nearly what a row of the evaluate file says; looked for "
+    "only with data.group_near_duplicates",
+    "compared": "rows that near duplicates were looked for among",
+}
 _BYTES_A_TOKEN = 3  # as in strategies.data.facts: rather too many tokens
 
 
@@ -44,29 +52,31 @@ def card(made: Prepared, plan: Plan, tokenizer: "PreTrainedTokenizerBase | None"
         plan: With which they were prepared.
         tokenizer: Counts tokens; without it every 3 bytes are taken for one, which is rather too many.
     """
-    rows = [*made.training, *made.held_out]
+    training = made.rows()
+    rows = [*training, *made.held_out]
     texts = [spoken(row) for row in rows]
     sample = [texts[at * len(texts) // _LOOKED_AT] for at in range(_LOOKED_AT)] if len(texts) > _LOOKED_AT else texts
     tokens = [_tokens(text, tokenizer) for text in sample]
-    repeats = {"exact": len(exact_duplicates(texts)), "near": len(near_duplicates(texts[:_COMPARED]))}
+    repeats = _repeats(training, made.held_out)
     shares = {
         "usable": _share(sum(file.used + sum(file.removed.values()) for file in made.report.files), _read(made)),
-        "unique": 1 - repeats["near"] / min(len(texts), _COMPARED),
+        "unique": 1 - repeats["near"] / repeats["compared"],
         "clean": _share(sum(map(_is_clean, sample)), len(sample)),
         "whole": _share(sum(count <= plan.data.max_length for count in tokens), len(tokens)),
     }
     return {
         "format": FORMAT,
         "objective": plan.objective,
-        "rows": {"training": len(made.training), "held_out": len(made.held_out)},
-        "digest": {"training": digest(made.training), "held_out": digest(made.held_out)},
+        "rows": {"training": len(training), "held_out": len(made.held_out), "tasks": _tasks(made)},
+        "digest": _digests(made),
         "characters": _lengths([len(text) for text in sample]),
         "tokens": _lengths(tokens) | {"counted": tokenizer is not None},
         "answer_characters": _lengths([len(answer) for row in rows for answer in _answers(row)]),
         "languages": _languages(sample),
         "scripts": {script: round(part, 4) for script, part in scripts(sample).items()},
         "labels": _labels(rows),
-        "duplicates": repeats | {"compared": min(len(texts), _COMPARED)},
+        "duplicates": repeats,
+        "definitions": _DEFINITIONS,
         "treatment": _treatment(plan),
         "masked": dict(sum((Counter(file.masked) for file in made.report.files), Counter[str]())),
         "report": dataclasses.asdict(made.report),
@@ -89,9 +99,8 @@ def write_beside(folder: Path, made: Prepared, plan: Plan, tokenizer: "PreTraine
     """
     if tokenizer.chat_template == CHAT_TEMPLATE:
         write_whole(folder / TEMPLATE, CHAT_TEMPLATE)
-    told = {"training": digest(made.training), "held_out": digest(made.held_out)}
     known = _known(folder / CARD)
-    if known.get("digest") != told or known.get("treatment") != _treatment(plan):
+    if known.get("digest") != _digests(made) or known.get("treatment") != _treatment(plan):
         write_card(folder / CARD, card(made, plan, tokenizer))
 
 
@@ -107,6 +116,29 @@ def digest(rows: Sequence[Row]) -> str:
         told = {"kind": type(row).__name__, **dataclasses.asdict(row)}
         sha.update(json.dumps(told, sort_keys=True, default=str).encode() + b"\n")
     return sha.hexdigest()
+
+
+def _digests(made: Prepared) -> dict[str, str]:
+    return {"training": digest(made.rows()), "held_out": digest(made.held_out)}
+
+
+def _tasks(made: Prepared) -> dict[str, dict[str, int]]:
+    """Rows of each task, whether they are drawn or not."""
+    return {name: {"training": learnt, "held_out": held} for name, (learnt, held) in made.report.tasks.items()}
+
+
+def _repeats(training: Sequence[Row], held_out: Sequence[Row]) -> dict[str, int]:
+    """Rows that repeat others; of many, some of each part are compared."""
+    texts = [spoken(row) for row in (*training, *held_out)]
+    held = [spoken(row) for row in held_out[: _COMPARED // 5]]
+    learnt = [spoken(row) for row in training[: _COMPARED - len(held)]]
+    like = near_duplicates([*learnt, *held])
+    return {
+        "exact": len(exact_duplicates(texts)),
+        "near": len(like),
+        "held_out_like_training": sum(at >= len(learnt) > earlier for at, earlier in like.items()),
+        "compared": len(learnt) + len(held),
+    }
 
 
 def _treatment(plan: Plan) -> dict[str, Any]:
@@ -179,4 +211,8 @@ def _labels(rows: Sequence[Row]) -> dict[str, Any] | None:
         return {"classes": len(counts), "rarest": min(counts.values()), "balance": round(even, 4)}
     scores = [row.score for row in rows if isinstance(row, ScoredText)]
     # Divided first: the sum of the largest numbers is none.
-    return {"least": min(scores), "mean": math.fsum(score / len(scores) for score in scores), "most": max(scores)} if scores else None
+    return (
+        {"least": min(scores), "mean": math.fsum(score / len(scores) for score in scores), "most": max(scores)}
+        if scores
+        else None
+    )

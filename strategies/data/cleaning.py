@@ -33,6 +33,22 @@ _TAG = re.compile(rf"</?(?:{_ELEMENTS})(?:{_ATTRIBUTE})*\s*/?>", re.IGNORECASE)
 _ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[a-zA-Z][a-zA-Z0-9]{1,31});")
 # Format characters that words of some scripts are written with (joiners), and marks that belong to emoji: these stay.
 _KEPT = {"\n", "\t", "\u200c", "\u200d"}
+_UNBROKEN = str.maketrans(dict.fromkeys("\u00a0\u2007\u202f", " "))  # spaces that nobody sees are others
+
+
+@dataclass(frozen=True)
+class Gone:
+    """A row that was left out.
+
+    Attributes:
+        line: Of it.
+        why: As in ``Cleaned.removed``.
+        like: Of a duplicate, the line of the row that stays.
+    """
+
+    line: int
+    why: str
+    like: int | None = None
 
 
 @dataclass
@@ -43,10 +59,17 @@ class Cleaned:
         changed: Rows of which something was taken out, by what.
         removed: Rows that were left out, by why: ``empty``, ``too-short``, ``too-long``, ``language``, ``exact-duplicate``,
             ``near-duplicate``.
+        gone: Each of these.
     """
 
     changed: Counter[str] = field(default_factory=Counter)
     removed: Counter[str] = field(default_factory=Counter)
+    gone: list[Gone] = field(default_factory=list)
+
+    def remove(self, line: int, why: str, like: int | None = None) -> None:
+        """Counts and lists a row that is left out."""
+        self.removed[why] += 1
+        self.gone.append(Gone(line, why, like))
 
 
 def cleaned(found: Iterable[Read], settings: CleaningSettings, told: Cleaned) -> Iterator[Read]:
@@ -73,9 +96,12 @@ def cleaned(found: Iterable[Read], settings: CleaningSettings, told: Cleaned) ->
 
 
 def without_controls(text: str) -> str:
-    """Text with line feeds as line ends, without control characters, invisible spaces and what reverses the text after it."""
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    if text.isascii() and text.isprintable():
+    """Text with line feeds as line ends, without control characters, invisible spaces and what reverses the text after it.
+
+    A no-break space becomes a space: tokens of the two differ, and no reader sees it.
+    """
+    text = text.replace("\r\n", "\n").replace("\r", "\n").translate(_UNBROKEN)
+    if text.replace("\n", "").replace("\t", "").isprintable():
         return text
     return "".join(
         c for c in text if c in _KEPT or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co", "Cn") or _in_emoji(c)
@@ -101,20 +127,20 @@ def _alone(found: Iterable[Read], settings: CleaningSettings, told: Cleaned) -> 
             continue
         row = _changed(row, settings, told)
         if why := _unfit(row, settings):
-            told.removed[why] += 1
+            told.remove(line, why)
         else:
             yield line, row
 
 
 def _changed(row: Raw, settings: CleaningSettings, told: Cleaned) -> Raw:
-    changes = {
-        "control-characters": (settings.control_characters, without_controls),
-        "markup": (settings.markup, without_markup),
-    }
-    for name, (wanted, change) in changes.items():
+    found = set[str]()
+    controls = ("control-characters", settings.control_characters, without_controls)
+    # Twice, since what was an entity may be an invisible character.
+    for name, wanted, change in (controls, ("markup", settings.markup, without_markup), controls):
         if wanted and (said(new := with_said(row, change)) != said(row)):
-            told.changed[name] += 1
+            found.add(name)
             row = new
+    told.changed.update(found)
     return row
 
 
@@ -161,14 +187,13 @@ def _once(found: Iterable[Read], told: Cleaned) -> Iterator[Read]:
 
     Rows of other fields than we know say nothing, and so not the same.
     """
-    seen = set[bytes]()
+    seen = dict[bytes, int]()
     for line, row in found:
         if not isinstance(row, str) and (texts := said(row)):
             digest = hashlib.sha256("\n".join(texts).strip().encode("utf-8", "surrogatepass")).digest()
-            if digest in seen:
-                told.removed["exact-duplicate"] += 1
+            if (first := seen.setdefault(digest, line)) != line:
+                told.remove(line, "exact-duplicate", first)
                 continue
-            seen.add(digest)
         yield line, row
 
 
@@ -178,6 +203,8 @@ def _unlike(found: Sequence[Read], settings: CleaningSettings, told: Cleaned) ->
     texts = ["\n".join(said(row)) for _, row in rows]
     same = exact_duplicates(texts)
     gone = near_duplicates(texts, settings.similarity)
-    told.removed += Counter("exact-duplicate" if at in same else "near-duplicate" for at in gone)
+    for at, first in gone.items():
+        why = "exact-duplicate" if at in same else "near-duplicate"
+        told.remove(found[rows[at][0]][0], why, found[rows[first][0]][0])
     left_out = {rows[at][0] for at in gone}
     yield from (one for at, one in enumerate(found) if at not in left_out)

@@ -41,19 +41,21 @@ class Encoded:
             - rl: ``prompt`` (messages), ``prompt_ids``.
         cut: Rows that were longer than ``max_length``.
         dropped: Rows of which nothing was left to learn from.
+        longest: Tokens of the longest row, before it was cut.
     """
 
     rows: list[dict[str, Any]]
     cut: int
     dropped: int
+    longest: int
 
 
 @dataclass(frozen=True)
 class _One:
-    """One row; None where nothing is left of it."""
+    """One row, None where nothing is left of it, and how long it was."""
 
     row: dict[str, Any] | None
-    cut: bool
+    tokens: int
 
 
 def encode(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", max_length: int, objective: Objective = "sft") -> Encoded:
@@ -81,7 +83,8 @@ def encode(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", max_length
         raise DataError(
             f"none of {len(rows)} rows leaves anything to learn from within {max_length} tokens; raise data.max_length"
         )
-    return Encoded(kept, sum(one.cut for one in made), len(made) - len(kept))
+    cut = sum(one.tokens > max_length for one in made)
+    return Encoded(kept, cut, len(made) - len(kept), max(one.tokens for one in made))
 
 
 def is_usable(row: Row, tokenizer: "PreTrainedTokenizerBase", max_length: int, objective: Objective = "sft") -> bool:
@@ -123,15 +126,13 @@ def _encoded(row: Row, tokenizer: "PreTrainedTokenizerBase", max_length: int, ob
             return _answers(prompt, {"chosen_ids": chosen, "rejected_ids": rejected}, tokenizer, max_length)
         case Feedback(prompt, answer, liked):
             one = _answers(prompt, {"completion_ids": answer}, tokenizer, max_length, whole=True)
-            return _One(one.row and one.row | {"label": liked}, one.cut)
+            return _One(one.row and one.row | {"label": liked}, one.tokens)
         case Prompt(prompt):
             ids = prompt_ids(prompt, tokenizer)
-            return _One({"prompt": list(prompt), "prompt_ids": ids} if len(ids) <= max_length else None, len(ids) > max_length)
+            return _One({"prompt": list(prompt), "prompt_ids": ids} if len(ids) <= max_length else None, len(ids))
         case PlainText(text):
             ids = text_ids(text, tokenizer)
-            return _One(
-                {"input_ids": ids[:max_length], "labels": ids[:max_length]} if len(ids) > 1 else None, len(ids) > max_length
-            )
+            return _One({"input_ids": ids[:max_length], "labels": ids[:max_length]} if len(ids) > 1 else None, len(ids))
 
 
 def _conversation(row: Conversation, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> _One:
@@ -140,12 +141,12 @@ def _conversation(row: Conversation, tokenizer: "PreTrainedTokenizerBase", max_l
     shared = _shared(before, whole)
     labels = ([IGNORED] * shared + whole[shared:])[:max_length]
     has_loss = any(label != IGNORED for label in labels[1:])
-    return _One({"input_ids": whole[:max_length], "labels": labels} if has_loss else None, len(whole) > max_length)
+    return _One({"input_ids": whole[:max_length], "labels": labels} if has_loss else None, len(whole))
 
 
 def _labelled(text: str, label: float, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> _One:
     ids = list(tokenizer(text, verbose=False)["input_ids"])
-    return _One({"input_ids": ids[:max_length], "labels": label}, len(ids) > max_length)
+    return _One({"input_ids": ids[:max_length], "labels": label}, len(ids))
 
 
 def _answers(
@@ -159,11 +160,11 @@ def _answers(
     before = prompt_ids(prompt, tokenizer)
     answered = {name: answered_ids(prompt, answer, tokenizer) for name, answer in answers.items()}
     shared = min(_shared(before, ids) for ids in answered.values())
-    cut = any(len(ids) > max_length for ids in answered.values())
+    longest = max(map(len, answered.values()))
     if shared >= max_length:
-        return _One(None, cut)
+        return _One(None, longest)
     end = None if whole else max_length
-    return _One({"prompt_ids": before[:shared]} | {name: ids[shared:end] for name, ids in answered.items()}, cut)
+    return _One({"prompt_ids": before[:shared]} | {name: ids[shared:end] for name, ids in answered.items()}, longest)
 
 
 def _pair_for_a_reader(row: Preference, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> _One:
@@ -171,8 +172,8 @@ def _pair_for_a_reader(row: Preference, tokenizer: "PreTrainedTokenizerBase", ma
         "chosen_ids": answered_ids(row.prompt, row.chosen, tokenizer),
         "rejected_ids": answered_ids(row.prompt, row.rejected, tokenizer),
     }
-    too_long = max(map(len, ids.values())) > max_length
-    return _One(None if too_long else ids, too_long)
+    longest = max(map(len, ids.values()))
+    return _One(None if longest > max_length else ids, longest)
 
 
 def _packed(rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Iterable[_One]:
@@ -182,7 +183,7 @@ def _packed(rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase", max_lengt
         line += text_ids(row.text if isinstance(row, PlainText) else "", tokenizer)
     for at in range(0, len(line), max_length):
         block = line[at : at + max_length]
-        yield _One({"input_ids": block, "labels": block} if len(block) > 1 else None, cut=False)
+        yield _One({"input_ids": block, "labels": block} if len(block) > 1 else None, len(block))
 
 
 def _shared(ids: list[int], others: list[int]) -> int:

@@ -19,17 +19,20 @@ its second answer, would be left out in silence.
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from protocol.data_settings import RowField
 from protocol.errors import DataError
 from protocol.plan import Objective, Plan
 from strategies.data.files import Raw, Read, raise_all, stream
 
 Message = dict[str, str]
 _SPOKEN = ("assistant", "tool_call", "function_call")  # what the model says, and so what there is to learn
+_SHOWN_COLUMNS = 20
 _ROLES = ("system", "user", *_SPOKEN, "tool", "function", "observation")
 # Who says it in ShareGPT's words; other roles have their own names there too.
 _SHAREGPT = {"human": "user", **dict.fromkeys(("gpt", "chatgpt", "model", "bard", "bing"), "assistant")}
@@ -158,16 +161,100 @@ def groups_of(path: Path, found: Iterable[Read], plan: Plan) -> tuple[list[Group
     groups: list[Group] = []
     problems: list[tuple[int, str]] = []
     rows_of, ids = _reader(plan), dict[str | int, int]()
+    looks = Counter[Objective | None]()
     for line, raw in found:
         try:
             groups.append(Group(line, _usable(raw, line, ids, rows_of)))
         except _UnusableError as error:
             problems.append((line, str(error)))
-    if plan.data.on_bad_rows == "refuse":
-        raise_all(path, problems, len(problems) + len(groups), "\ndata.on_bad_rows: skip goes on without them")
-    if not groups and problems:
-        raise_all(path, problems, len(problems), "\nnone is left to go on with")
+            looks[_looks(raw) if isinstance(raw, Mapping) else None] += 1
+    if plan.data.on_bad_rows == "refuse" or not groups:
+        left = "data.on_bad_rows: skip goes on without them" if groups else "none is left to go on with"
+        raise_all(path, problems, len(problems) + len(groups), f"\n{left}{_other_objective(looks, plan)}")
     return groups, problems
+
+
+def flagged(found: Iterable[Read], plan: Plan) -> Iterator[Read]:
+    """Rows as they are, and in place of one that cannot be used for the plan's objective whatever the others are, why.
+
+    So that which rows these are does not depend on what is done to the others first.
+    """
+    rows_of = _reader(plan)
+    for line, raw in found:
+        try:
+            _usable(raw, line, {}, rows_of)
+        except _UnusableError as error:
+            yield line, str(error)
+        else:
+            yield line, raw
+
+
+def renamed(path: Path, found: Iterable[Read], columns: Mapping[RowField, str]) -> Iterator[Read]:
+    """Rows with our names for the columns of a file.
+
+    Args:
+        path: Of the file, for messages.
+        found: From ``strategies.data.files.stream``.
+        columns: The file's name for each of ours; other columns stay as they are.
+
+    Raises:
+        DataError: No row has one of the columns; raised when the last has been read.
+    """
+    missing, there = set(columns.values()), dict[str, None]()
+    for line, row in found:
+        if not columns or isinstance(row, str):
+            yield line, row
+            continue
+        missing -= row.keys()
+        there |= dict.fromkeys(list(map(str, row))[:_SHOWN_COLUMNS])
+        rest = {name: value for name, value in row.items() if name not in columns and name not in columns.values()}
+        yield line, rest | {own: row[name] for own, name in columns.items() if name in row}
+    if missing:
+        raise DataError(
+            f"{path}: data.columns: no row has {', '.join(sorted(missing))}; there are "
+            f"{', '.join(sorted(there)[:_SHOWN_COLUMNS]) or 'no columns'}"
+        )
+
+
+def likely_objective(found: Iterable[Read]) -> Objective | None:
+    """The objective whose fields most rows have; None where no row has those of any.
+
+    Pairs are taken for dpo, a label for one of several unless it is a number that is not whole.
+    """
+    looks = Counter(_looks(row) for _, row in found if isinstance(row, Mapping))
+    if looks["regression"]:
+        looks["regression"] += looks.pop("classification", 0)
+    known = [(objective, count) for objective, count in looks.most_common() if objective]
+    return known[0][0] if known else None
+
+
+def _looks(row: Raw) -> Objective | None:
+    if "chosen" in row or "rejected" in row:
+        return "dpo"
+    if "prompt" in row:
+        return "kto" if "completion" in row else "rl"
+    if any(name in row for name in ("messages", "conversations", "input_text", "target_text", "instruction", "output")):
+        return "sft"
+    if "text" not in row:
+        return None
+    if "label" not in row:
+        return "pretraining"
+    try:
+        return "classification" if float(row["label"]).is_integer() else "regression"
+    except (ValueError, TypeError, OverflowError):
+        return "classification"
+
+
+_ALIKE: "Mapping[Objective, Objective]" = {"reward": "dpo", "distillation": "sft", "regression": "classification"}
+
+
+def _other_objective(looks: "Counter[Objective | None]", plan: Plan) -> str:
+    """A line that names the objective that rows without the plan's fields are for, or none."""
+    made = plan.ai_feedback is not None or plan.distillation is not None or plan.data.preferred
+    best = looks.most_common(1)[0][0] if looks else None
+    if made or best is None or _ALIKE.get(best, best) == _ALIKE.get(plan.objective, plan.objective):
+        return ""
+    return f"\nmost of them have the fields of {best} rows; use objective {best} (on the command line --objective {best})"
 
 
 def _usable(
@@ -189,14 +276,18 @@ def labels_of(plan: Plan) -> dict[str, int]:
     return {label: row for row, label in enumerate(plan.data.labels)}
 
 
-def distinct_labels(path: Path, *, skip: bool = False) -> tuple[str, ...]:
+def distinct_labels(
+    path: Path, *, skip: bool = False, columns: Mapping[RowField, str] | None = None, least: int = 2
+) -> tuple[str, ...]:
     """Every label in a file, sorted: for a plan on one machine that lists none.
 
     Args:
         path: Of the file.
         skip: Go on without rows that cannot be read or bear none.
+        columns: The file's name for each of ours (``renamed``).
+        least: So many labels there must be.
     """
-    found = list(stream(path))
+    found = list(renamed(path, stream(path), columns or {}))
     problems = [
         (line, row if isinstance(row, str) else "label is missing")
         for line, row in found
@@ -205,7 +296,7 @@ def distinct_labels(path: Path, *, skip: bool = False) -> tuple[str, ...]:
     if not skip:
         raise_all(path, problems, len(found))
     labels = tuple(sorted({label for _, row in found if isinstance(row, Mapping) and (label := _text(row.get("label")))}))
-    if len(labels) < 2:
+    if len(labels) < least:
         raise DataError(f"{path}: every row has the same label; classification needs at least 2")
     return labels
 
@@ -245,7 +336,7 @@ def _conversations(row: Raw) -> Iterator[Conversation]:
 def _pair(row: Raw, question: str, answer: str, extra: str = "") -> Conversation:
     for name in (question, answer):
         if not isinstance(row.get(name), str) or not row[name].strip():
-            raise _UnusableError(f"{name} is missing or empty; expected text")
+            raise _UnusableError(_no_text(row, name))
     return Conversation(({"role": "user", "content": row[question].strip() + extra},), row[answer].strip())
 
 
@@ -371,7 +462,7 @@ def _prompt(row: Raw) -> tuple[Message, ...]:
     if isinstance(found, str) and found.strip():
         return ({"role": "user", "content": found.strip()},)
     if not found or isinstance(found, str):
-        raise _UnusableError("prompt is missing or empty; expected text, or a list of messages")
+        raise _UnusableError(_no_text(row, "prompt", ", or a list of messages"))
     messages = _messages(found, "prompt")
     if messages[-1]["role"] in _SPOKEN:
         raise _UnusableError(f"prompt ends with a message of role {messages[-1]['role']}; expected what is to be answered")
@@ -386,14 +477,23 @@ def _answer(row: Raw, name: str, prompt: tuple[Message, ...]) -> str:
             raise _UnusableError(f"{name} is not one message of role assistant, alone or after those of prompt")
         found = last["content"]
     if not isinstance(found, str) or not found.strip():
-        raise _UnusableError(f"{name} is missing or empty; expected text, or a list of messages")
+        raise _UnusableError(_no_text(row, name, ", or a list of messages"))
     return found.strip()
 
 
 def _text_of(row: Raw) -> str:
     if not isinstance(row.get("text"), str) or not row["text"].strip():
-        raise _UnusableError("text is missing or empty; expected text")
+        raise _UnusableError(_no_text(row, "text"))
     return str(row["text"])
+
+
+def _no_text(row: Raw, name: str, more: str = "") -> str:
+    """Why a field is not the text that it should be."""
+    found = row.get(name)
+    if found is None or isinstance(found, str) or found == []:
+        return f"{name} is missing or empty; expected text{more}"
+    kinds: dict[type, str] = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return f"{name} is {kinds.get(type(found), f'a {type(found).__name__}')}; expected text{more}"
 
 
 def _text(value: Any) -> str:

@@ -4,6 +4,7 @@ Sums, code and single words have no language that could be told. Of what is shor
 """
 
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 _LEAST_LETTERS = 12
@@ -15,7 +16,8 @@ _OF = {"wuu": "zh", "yue": "zh"}  # languages of a macrolanguage (ISO 639-3), wh
 def language(text: str) -> str | None:
     """ISO 639-1 code; None where it cannot be told."""
     text = text[:_READ_CHARACTERS]
-    if sum(2 if letter > "\u2e7f" else 1 for letter in text if letter.isalpha()) < _LEAST_LETTERS:
+    letters = accumulate(2 if letter > "\u2e7f" else 1 for letter in text if letter.isalpha())
+    if not any(count >= _LEAST_LETTERS for count in letters):
         return None
     found, sure = _identifier().classify(text)
     return _OF.get(found, str(found)) if sure >= _LEAST_SURE else None

@@ -3,7 +3,8 @@
 Numbers are found by their written form and then checked by those who know them: python-stdnum (check digits, dates of birth),
 phonenumbers (Google's libphonenumber). A form without letters or separators is taken from 10 digits on: shorter ones are
 quantities more often than not. A text is looked at until nothing more is found, so masking what was masked changes nothing;
-and no value that was taken out holds a placeholder, so putting all back gives the text as it was.
+and no value that was taken out holds a placeholder, so putting all back gives the text as it was, but for the separators of a
+number that stands there in several writings: it has one placeholder, and comes back in the first of them.
 """
 
 import re
@@ -22,6 +23,7 @@ from protocol.errors import ConfigurationError, DataError
 from strategies.data.lexicon import LETTER, Span, whole_words
 
 NAME = "name"
+_LONGEST_NAME = 100
 _LEAST_BARE = 10  # digits without letters or separators
 # Of our own kinds and with fewer digits than that: what else stands in brackets may be a number of somebody.
 PLACEHOLDER = re.compile(rf"\[(?:{'|'.join((*EVERY_KIND, NAME)).upper()})-[1-9][0-9]{{0,{_LEAST_BARE - 2}}}\]")
@@ -169,7 +171,7 @@ def read_names(path: Path) -> list[str]:
     """Names, one a line; empty lines and those that begin with # are none.
 
     Raises:
-        DataError: No such file, no UTF-8, no name in it, or one of a single character.
+        DataError: No such file, no UTF-8, no name in it, or one of a single character or of more than 100.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -178,12 +180,15 @@ def read_names(path: Path) -> list[str]:
     names = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip() and not line.startswith("#")]
     if short := [number for number, name in names if len(name) < 2]:
         raise DataError(f"{path}: line {short[0]}: a name of one character would be found everywhere; leave it out")
+    if long := [number for number, name in names if len(name) > _LONGEST_NAME]:
+        raise DataError(f"{path}: line {long[0]}: has more than {_LONGEST_NAME} characters; expected one name a line")
     if not names:
         raise DataError(f"{path}: no names in it; expected one a line")
     return [name for _, name in names]
 
 
 def _key(kind: str, value: Value) -> tuple[str, str, Value]:
+    """A placeholder for each writing of a number: what was masked must come back to the letter."""
     return kind, type(value).__name__, value  # 1 and 1.0 are equal, and written in two ways
 
 

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from protocol.errors import DataError
 from protocol.mixture_settings import TaskFiles
 from protocol.plan import Plan
 from strategies.data.files import stream
 from strategies.data.formats import Row
-from strategies.data.prepared import Prepared, Report, file_rows, prepare
+from strategies.data.prepared import FileReport, Prepared, Report, file_rows, prepare
 from strategies.data.splits import read_on
 
 T = TypeVar("T")
@@ -54,19 +55,29 @@ def gathered(plan: Plan, sources: Mapping[str, TaskFiles], replay: Path | None =
     if len(parts) == 1 and replay is None:
         return Gathered(next(iter(parts.values())), {})
     reports = [part.report for part in parts.values()]
-    general, more = file_rows(general_plan(replay, plan), replay) if replay else ([], None)
+    general, more = _replayed(replay, plan) if replay else ([], None)
     report = Report(
         files=(*itertools.chain.from_iterable(each.files for each in reports), *([more] if more else ())),
         training=sum(each.training for each in reports) + len(general),
         held_out=sum(each.held_out for each in reports),
         like_held_out=sum(each.like_held_out for each in reports),
         augmented=sum((Counter(each.augmented) for each in reports), Counter()),
+        tasks={name: (part.report.training, part.report.held_out) for name, part in parts.items() if len(parts) > 1},
+        replayed=len(general),
     )
     training = mixed({name: part.training for name, part in parts.items()}, general, plan, wanted)
     held_out = tuple(itertools.chain.from_iterable(part.held_out for part in parts.values()))
     return Gathered(
         Prepared(tuple(training), held_out, report), {name: part.held_out for name, part in parts.items() if len(parts) > 1}
     )
+
+
+def _replayed(replay: Path, plan: Plan) -> tuple[list[Row], FileReport]:
+    try:
+        return file_rows(general_plan(replay, plan), replay)
+    except DataError as error:
+        beside = "" if plan.objective == "sft" else f"\nplain text replays beside sft only; {plan.objective} needs its own rows"
+        raise DataError(f"data.replay: {error}{beside}") from None
 
 
 def proportions(sizes: Sequence[int], temperature: float) -> list[float]:
@@ -114,11 +125,14 @@ def mixed(tasks: Mapping[str, Sequence[T]], general: Sequence[T], plan: Plan, wa
 def general_plan(path: Path, plan: Plan) -> Plan:
     """The plan to read general rows with: beside answers (sft) these may be plain text, which is then learnt whole.
 
+    Their columns have our names: ``data.columns`` is of the rows that are new.
+
     Raises:
         DataError: There is no such file, or nothing in it.
     """
     _, first = next(iter(stream(path)))
     plain = plan.objective == "sft" and isinstance(first, Mapping) and "text" in first
+    plan = plan.model_copy(update={"data": plan.data.model_copy(update={"columns": {}})}) if plan.data.columns else plan
     return plan.model_copy(update={"objective": "pretraining"}) if plain else plan
 
 

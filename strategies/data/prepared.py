@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
+from protocol.data_settings import CleaningSettings
 from protocol.errors import DataError
 from protocol.plan import Plan
 from strategies.data.augmentation import augmented
@@ -17,7 +18,7 @@ from strategies.data.cleaning import Cleaned, cleaned
 from strategies.data.duplicates import near_groups
 from strategies.data.fields import with_everything
 from strategies.data.files import Read, stream
-from strategies.data.formats import Group, Row, groups_of, spoken
+from strategies.data.formats import Group, Row, flagged, groups_of, renamed, spoken
 from strategies.data.masking import Masker
 from strategies.data.splits import hold_out, hold_out_groups
 
@@ -25,6 +26,7 @@ _SHOWN = 20
 _KEPT_FILES, _KEPT_SPLITS = 32, 16
 _OF_ROWS = (
     "on_bad_rows",
+    "columns",
     "preferred",
     "group_near_duplicates",
     "cleaning",
@@ -69,6 +71,8 @@ class Report:
         training, held_out: Rows (every answer of a conversation is one), before augmentation.
         like_held_out: Rows of the training file that were left out because they nearly repeat a held-out row.
         augmented: Further training rows, by how they were made.
+        tasks: Rows that train and rows that are held out, by task; empty where there are none.
+        replayed: Of the training rows, the general ones.
     """
 
     files: tuple[FileReport, ...]
@@ -76,15 +80,24 @@ class Report:
     held_out: int
     like_held_out: int
     augmented: Mapping[str, int]
+    tasks: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    replayed: int = 0
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Rows that train, rows that must not, and the report."""
+    """Rows that train, rows that must not, and the report.
+
+    Of several tasks, ``training`` is what is drawn from their rows: a row may be in it several times, or not at all.
+    """
 
     training: tuple[Row, ...]
     held_out: tuple[Row, ...]
     report: Report
+
+    def rows(self) -> tuple[Row, ...]:
+        """The training rows, each once."""
+        return tuple({id(row): row for row in self.training}.values())
 
 
 @dataclass(frozen=True)
@@ -122,6 +135,7 @@ def summary(report: Report) -> list[str]:
         if said:
             first = f"; the first: {file.why_skipped[0]}" if file.why_skipped else ""
             lines.append(f"{file.file}: of {file.read} rows " + ", ".join(said) + first)
+    lines += [f"task {name}: {learnt} rows train, {held} are held out" for name, (learnt, held) in report.tasks.items()]
     if report.like_held_out:
         lines.append(f"{report.like_held_out} training rows left out: they nearly repeat held-out rows")
     return lines
@@ -140,6 +154,19 @@ def file_rows(plan: Plan, path: Path) -> tuple[list[Row], FileReport]:
 def file_groups(plan: Plan, path: Path) -> tuple[tuple[Group, ...], FileReport]:
     """The same, with the rows of one row of the file kept together."""
     return _file(_asked(plan, path), path)
+
+
+def divided(plan: Plan, train: Path, evaluate: Path | None = None) -> tuple[Sequence[Group], Sequence[Group]]:
+    """What of these files trains and what is held out, as ``prepare`` has it, before further rows are made of any.
+
+    Raises:
+        DataError: As for ``prepare``.
+    """
+    groups, _ = file_groups(plan, train)
+    if evaluate is None:
+        return _split(groups, plan, train)
+    held, _ = file_groups(plan, evaluate)
+    return _unlike(groups, held, plan), held
 
 
 @lru_cache(maxsize=_KEPT_SPLITS)
@@ -171,8 +198,9 @@ def _file(asked: _Asked, path: Path) -> tuple[tuple[Group, ...], FileReport]:
     plan = asked.plan
     data, told = plan.data, Cleaned()
     masker = Masker(data.masking) if data.masking.kinds or data.masking.names else None
-    read = _Counted(stream(path))
-    found: Iterator[Read] = cleaned(read, data.cleaning, told)
+    read = _Counted(renamed(path, stream(path), data.columns))
+    known = read if data.cleaning == CleaningSettings() else flagged(read, plan)
+    found: Iterator[Read] = cleaned(known, data.cleaning, told)
     if masker is not None:
         found = _masked(found, masker)
     groups, problems = groups_of(path, found, plan)

@@ -6,6 +6,7 @@ draws lean to one side: perplexity, calibration error. A difference is drawn on 
 what makes a row hard makes it hard for both.
 """
 
+import math
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -14,11 +15,13 @@ import numpy as np
 from strategies.evaluation.figures import Array, Figure
 
 _NORMAL = NormalDist()
+# Fewer groups have so few different draws that an interval would be a guess.
+FEWEST = 5
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its interval; ``low == high == value`` where no draw differs from it."""
+    """A figure and its interval; ``low == high == value`` where no draw differs from it, both NaN of fewer than 5 groups."""
 
     value: float
     low: float
@@ -51,6 +54,8 @@ class Draws:
             value -= against.value
             drawn = drawn - against.weighted(self.weights)
             left_out = left_out - against.without(self.groups)
+        if len(left_out) < FEWEST:
+            return Estimate(value, math.nan, math.nan)
         drawn = drawn[np.isfinite(drawn)]
         if not len(drawn) or np.ptp(drawn) == 0:
             return Estimate(value, value, value)

@@ -23,6 +23,7 @@ from strategies.evaluation.figures import Array, Figure
 from strategies.evaluation.harness import Score, scores
 from strategies.evaluation.perturbations import perturbed
 from strategies.evaluation.reading import NOTHING, Reader, Rows, rows_of
+from strategies.evaluation.source import Source
 from strategies.evaluation.turns import each
 from strategies.evaluation.wanted import Wanted, check
 from strategies.evaluation.wins import Wins, contest
@@ -40,11 +41,18 @@ class Table:
         rows: How many.
         figures: By model and name.
         draws: Of the rows, the same for all.
+        texts: Where the rows are blocks: how many texts these were cut from.
     """
 
     rows: int
     figures: Mapping[str, Mapping[str, Figure]]
     draws: Draws
+    texts: int | None = None
+
+    @property
+    def counted(self) -> str:
+        """How much was measured."""
+        return f"{self.rows} rows" if self.texts is None else f"{self.texts} texts in {self.rows} blocks"
 
     @cached_property
     def estimates(self) -> dict[str, dict[str, Estimate]]:
@@ -113,14 +121,14 @@ class Comparison:
 
 
 def compare(
-    plan: Plan, base: Base, path: Path, contestants: Contestants, wanted: Wanted, near: Adapter = NOTHING
+    plan: Plan, base: Base, path: Path | Source, contestants: Contestants, wanted: Wanted, near: Adapter = NOTHING
 ) -> Comparison:
     """Measures every contestant on the rows of a file.
 
     Args:
         plan: Says what for; the contestants' plans differ from it in their method alone.
         base: The frozen base.
-        path: Of the rows.
+        path: Of the rows, or the rows.
         contestants: By name; the first is what the others are compared with (the base).
         wanted: What to measure.
         near: dpo, kto, rl: the adapter that the model had before the objective began.
@@ -162,7 +170,7 @@ def compare(
                 tasks[who] = scores(model, tokenizer, wanted.harness, size, wanted.harness_folder)
             del model  # or it would still be there when the next one is loaded
     return Comparison(
-        _table(found[""], reader.rows.groups, wanted),
+        _table(found[""], reader.rows.groups, wanted, reader.cut_from),
         dropped,
         {
             kind: Robustness(
@@ -171,7 +179,7 @@ def compare(
             )
             for kind, (places, there) in turned.items()
         },
-        _table(found["probe"], probed.rows.groups, wanted) if probed else None,
+        _table(found["probe"], probed.rows.groups, wanted, probed.cut_from) if probed else None,
         reader.reliability,
         _wins(reader, wanted, list(contestants)),
         tasks,
@@ -209,8 +217,8 @@ def _parts(
     return {who: {name: figures[who][name].part(places) for name in there} for who, there in like.items()}
 
 
-def _table(figures: Mapping[str, Mapping[str, Figure]], groups: Array, wanted: Wanted) -> Table:
-    return Table(len(groups), figures, draws(groups, wanted.draws, wanted.seed))
+def _table(figures: Mapping[str, Mapping[str, Figure]], groups: Array, wanted: Wanted, texts: int | None = None) -> Table:
+    return Table(len(groups), figures, draws(groups, wanted.draws, wanted.seed), texts)
 
 
 def _wins(reader: Reader, wanted: Wanted, names: Sequence[str]) -> dict[str, Wins]:

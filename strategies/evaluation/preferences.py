@@ -37,8 +37,8 @@ def figures(
 
     Returns:
         - dpo: ``loss`` (``-log sigma(r_chosen - r_rejected)``), ``reward-accuracy`` (share of pairs with the greater reward for
-          the chosen answer; one of equal rewards counts half, so that a model against itself has 0.5), ``reward-margin``
-          (mean difference of the two).
+          the chosen answer; equal rewards do not count, so that a model against itself has 0), ``reward-margin`` (mean
+          difference of the two).
         - kto: ``loss`` (arXiv:2402.01306, eq. 8, with ``z_0`` once, over all rows), ``reward-desirable``,
           ``reward-undesirable`` (means; absent where there are no such rows).
         - reward: ``loss`` and ``accuracy``, as for dpo with the model's own scores.
@@ -143,7 +143,7 @@ def _bradley_terry(margins: list[float]) -> Figure:
 
 
 def _won(margins: list[float]) -> Figure:
-    return mean((margin > 0) + (margin == 0) / 2 for margin in margins)
+    return mean(float(margin > 0) for margin in margins)
 
 
 def _sigmoid(x: float) -> float:

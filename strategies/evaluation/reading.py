@@ -14,11 +14,12 @@ from strategies.base_model import Base
 from strategies.data.ai_feedback import made
 from strategies.data.encode import IGNORED, encode, is_usable, prompt_ids
 from strategies.data.formats import Conversation, Message, Row
-from strategies.data.prepared import file_groups
-from strategies.evaluation import answers, calibration, latency, measure, texts
+from strategies.evaluation import calibration, latency, measure, texts
 from strategies.evaluation.figures import Array, Figure, mean
+from strategies.evaluation.source import Source, of_file
 from strategies.evaluation.wanted import FIGURES, TIMED, WRITTEN, Wanted
 from strategies.evaluation.wanted import answers as has_answers
+from strategies.writer import continuations
 
 NOTHING = Adapter()
 
@@ -35,11 +36,11 @@ class Rows:
         return Rows(rows, np.unique(self.groups[np.asarray(places, int)], return_inverse=True)[1])
 
 
-def rows_of(path: Path, plan: Plan, tokenizer: Any, base: Base, near: Adapter = NOTHING) -> tuple[Rows, int]:
+def rows_of(path: Path | Source, plan: Plan, tokenizer: Any, base: Base, near: Adapter = NOTHING) -> tuple[Rows, int]:
     """Rows that leave something to measure within the plan's length, and how many do not; cleaned and masked as in training.
 
     Args:
-        path: Of the rows.
+        path: Of the rows, or the rows.
         plan: What they are for.
         tokenizer: Of the base.
         base: Answers where the plan's rows are made by models.
@@ -48,16 +49,16 @@ def rows_of(path: Path, plan: Plan, tokenizer: Any, base: Base, near: Adapter = 
     Raises:
         DataError: They cannot be read, or none is left.
     """
-    groups, _ = file_groups(plan, path)
-    read_in = [(row, number) for number, group in enumerate(groups) for row in group.rows]
+    source = path if isinstance(path, Source) else of_file(plan, path)
+    read_in = [(row, number) for number, group in enumerate(source.groups) for row in group.rows]
     measured = made([row for row, _ in read_in], plan, base, near, training=False).rows
     numbers = [number for _, number in read_in] if len(measured) == len(read_in) else range(len(measured))
     read_in = list(zip(measured, numbers, strict=True))
     kept = [one for one in read_in if is_usable(one[0], tokenizer, plan.data.max_length, plan.objective)]
     if not kept:
         raise DataError(
-            f"{path}: none of {len(read_in)} rows leaves anything to measure within {plan.data.max_length} tokens; raise "
-            "data.max_length"
+            f"{source.name}: none of {len(read_in)} rows leaves anything to measure within {plan.data.max_length} tokens; "
+            "raise data.max_length"
         )
     groups_kept = np.unique([number for _, number in kept], return_inverse=True)[1]
     return Rows([row for row, _ in kept], groups_kept), len(read_in) - len(kept)
@@ -69,7 +70,9 @@ class Reader:
     def __init__(self, rows: Rows, plan: Plan, tokenizer: Any, wanted: Wanted) -> None:
         self.plan, self.tokenizer, self.wanted = plan, tokenizer, wanted
         self.encoded = encode(rows.rows, tokenizer, plan.data.max_length, plan.objective).rows
+        self.cut_from: int | None = None
         if plan.objective == "pretraining":  # texts have become blocks
+            self.cut_from = len(rows.rows)
             rows = Rows(rows.rows, np.arange(len(self.encoded)))
         self.rows = rows
         self.pad = int(tokenizer.pad_token_id or 0)
@@ -121,7 +124,7 @@ class Reader:
     def write(self, who: str, model: Any) -> Figure:
         """Lets a model write its answers, and returns the share of those that were cut off."""
         size, longest = self.plan.training.batch_size, self.longest
-        made = answers.greedy(model, self.tokenizer, self._prompts(), longest, size)
+        made = continuations(model, self.tokenizer, self._prompts(), max_new_tokens=longest, batch_size=size)
         self.written[who] = [str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in made]
         return mean((float(len(ids) == longest) for ids in made), "lower")
 

@@ -13,14 +13,16 @@ from protocol.errors import ConfigurationError
 from protocol.files import write_whole
 from protocol.plan import Plan
 from strategies.base_model import Base
-from strategies.evaluation.bootstrap import Estimate
+from strategies.evaluation.bootstrap import FEWEST, Estimate
 from strategies.evaluation.calibration import Bin
 from strategies.evaluation.comparison import Comparison, Robustness, Table
 from strategies.evaluation.figures import Figure
 from strategies.evaluation.measure import LEADING
+from strategies.evaluation.source import Source
 from strategies.evaluation.wins import Wins
 
 JSON, MARKDOWN = "report.json", "report.md"
+RANDOM_HEAD = "The base's own head is random: its figures are those of guessing, and a gain over them says little."
 _ARROWS = {"higher": "↑", "lower": "↓"}
 
 
@@ -31,14 +33,14 @@ class Setting:
     Attributes:
         plan: Says what for, and how the base is held.
         base: The base.
-        data: File of the rows.
+        data: The rows, or their file.
         probe: File of the general rows.
         seed: Of the bootstrap and of perturbations.
     """
 
     plan: Plan
     base: Base
-    data: Path
+    data: Path | Source
     probe: Path | None
     seed: int
 
@@ -85,7 +87,12 @@ def write(folder: Path, found: Comparison, setting: Setting) -> None:
         write_whole(folder / name, content)
     told = as_json(found, setting)
     write_whole(folder / JSON, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
-    write_whole(folder / MARKDOWN, "\n".join(_markdown(found, told, list(plots))) + "\n")
+    write_whole(folder / MARKDOWN, "\n".join(_markdown(found, told, list(plots), setting)) + "\n")
+
+
+def random_head(plan: Plan) -> bool:
+    """Whether the base alone has a head that nobody has trained."""
+    return plan.task_type == "SEQ_CLS" and (plan.objective != "classification" or plan.head.init == "random")
 
 
 def letters(names: Sequence[str]) -> dict[str, str]:
@@ -96,6 +103,8 @@ def letters(names: Sequence[str]) -> dict[str, str]:
 def shown(estimate: Estimate, *, signed: bool = False) -> str:
     """A figure with its interval, to be read."""
     sign = "+" if signed else ""
+    if math.isnan(estimate.low):
+        return f"{estimate.value:{sign}.4g}"
     return f"{estimate.value:{sign}.4g} [{estimate.low:{sign}.4g}, {estimate.high:{sign}.4g}]"
 
 
@@ -107,8 +116,11 @@ def _table(table: Table) -> dict[str, Any]:
     estimates = table.estimates
     return {
         "rows": table.rows,
+        **({} if table.texts is None else {"texts": table.texts}),
         "results": {who: {name: one.value for name, one in each.items()} for who, each in estimates.items()},
-        "intervals": {who: {name: [one.low, one.high] for name, one in each.items()} for who, each in estimates.items()},
+        "intervals": {
+            who: {name: [_number(one.low), _number(one.high)] for name, one in each.items()} for who, each in estimates.items()
+        },
         "differences": [
             {"of": of, "against": against, "figures": _estimates(each)} for (of, against), each in table.differences.items()
         ],
@@ -125,7 +137,7 @@ def _robustness(one: Robustness) -> dict[str, Any]:
 
 
 def _wins(one: Wins, table: Table) -> dict[str, Any]:
-    rate = asdict(table.draws.estimate(one.rate))
+    rate = _estimate(table.draws.estimate(one.rate))
     return {"win-rate": rate, "ties": one.ties, "disagreement": one.disagreement, "unreadable": one.unreadable}
 
 
@@ -133,8 +145,17 @@ def _values(figures: Mapping[str, Figure]) -> dict[str, float]:
     return {name: figure.value for name, figure in figures.items()}
 
 
-def _estimates(each: Mapping[str, Estimate]) -> dict[str, dict[str, float]]:
-    return {name: asdict(one) for name, one in each.items()}
+def _estimates(each: Mapping[str, Estimate]) -> dict[str, dict[str, float | None]]:
+    return {name: _estimate(one) for name, one in each.items()}
+
+
+def _estimate(one: Estimate) -> dict[str, float | None]:
+    return {"value": one.value, "low": _number(one.low), "high": _number(one.high)}
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(value) else value
 
 
 def _about(found: Comparison, setting: Setting) -> dict[str, Any]:
@@ -159,20 +180,24 @@ def _about(found: Comparison, setting: Setting) -> dict[str, Any]:
 # Markdown ---------------------------------------------------------------------------------------------------------------
 
 
-def _markdown(found: Comparison, told: Mapping[str, Any], plots: Sequence[str]) -> Iterator[str]:
+def _markdown(found: Comparison, told: Mapping[str, Any], plots: Sequence[str], setting: Setting) -> Iterator[str]:
     about, names = told["about"], letters(list(found.table.figures))
     yield "# Evaluation\n"
     yield (
-        f"{found.table.rows} rows of `{about['data']}` for objective {about['objective']}, base held as {about['precision']}"
+        f"{found.table.counted} of `{about['data']}` for objective {about['objective']}, base held as {about['precision']}"
         + (f"; {found.dropped} longer than {about['max_length']} tokens left out" if found.dropped else "")
         + f". Brackets: {about['interval']['level']:.0%} intervals of {about['interval']['draws']} bootstrap draws of the "
         "rows, the same for all models. ↑: more is better, ↓: less is.\n"
     )
     yield "| | model |\n|---|---|"
     yield from (f"| {letter} | `{about['base_model'] if letter == 'base' else who}` |" for who, letter in names.items())
+    if random_head(setting.plan):
+        yield f"\n{RANDOM_HEAD}"
     yield "\n## Figures\n"
     yield from _grid(found.table, names)
     yield from _differences(found.table, names)
+    if math.isnan(next(iter(next(iter(found.table.estimates.values())).values())).low):
+        yield f"\nOf fewer than {FEWEST} rows no interval is told."
     if about["max_new_tokens"]:
         yield f"\nAnswers are greedy, of at most {about['max_new_tokens']} tokens."
     if about["bleu_tokenizer"]:
@@ -181,7 +206,7 @@ def _markdown(found: Comparison, told: Mapping[str, Any], plots: Sequence[str]) 
         yield f"\n## Robustness: {kind}\n\nChange of each figure on the {one.clean.rows} rows that {kind} changes.\n"
         yield from _rows_of(one.changes, one.clean.figures, names, signed=True)
     if found.probe:
-        yield f"\n## Forgetting\n\n{found.probe.rows} general rows of `{about['probe']}`.\n"
+        yield f"\n## Forgetting\n\n{found.probe.counted} of `{about['probe']}`.\n"
         yield from _grid(found.probe, names)
         yield from _differences(found.probe, names)
     for who, bins in found.reliability.items():

@@ -29,6 +29,8 @@ def trainer(work: Work, callbacks: list[Any], **arguments: Any) -> "Trainer":
         return sft.trainer(work, callbacks, **arguments)
     teacher, reads = second_model(settings.teacher)
     check_vocabularies(work.tokenizer, reads)
+    if work.plan.training.packing:
+        sft.check_apart(teacher)
     return sft.trainer(work, callbacks, kind=_distilled(teacher, settings.temperature, settings.hard_weight), **arguments)
 
 
@@ -69,7 +71,7 @@ def _distilled(teacher: Any, temperature: float, hard_weight: float) -> Any:
 
     class Distilled(SFTTrainer):  # type: ignore[misc]
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-            read = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+            read = {name: inputs[name] for name in ("input_ids", "attention_mask", "position_ids") if name in inputs}
             wanted = inputs["labels"][:, 1:]
             counted = wanted != -100
             outputs = model(**read, use_cache=False)

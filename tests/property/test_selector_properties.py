@@ -38,6 +38,7 @@ def tasks(draw):
         classes=draw(st.integers(2, 300)) if kind == "classification" else None,
         input_tokens=length,
         longest_tokens=draw(st.none() | st.integers(length, 9000)),
+        median_tokens=draw(st.none() | st.integers(1, length)),
         output_tokens=draw(st.integers(0, 4000)),
         creative=draw(st.booleans()),
         shift=draw(st.sampled_from(["small", "ordinary", "pretraining"])),

@@ -38,7 +38,8 @@ def adapter(folder, seed, plan=PLAN):
 def run(*arguments):
     done = CliRunner().invoke(fedge.app, [*map(str, arguments), "--json"], catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    return json.loads(done.stdout.splitlines()[-1])
+    (line,) = done.stdout.splitlines()
+    return json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
 def refused(monkeypatch, capsys, *arguments):
@@ -100,7 +101,7 @@ def test_versions_are_published_listed_tagged_fetched_and_pruned(tmp_path):
     run("registry", "publish", adapter(tmp_path / "3", 3), where, "fees")
     assert run("registry", "tag", where, "fees@1.5", "production")["version"] == "1.5"
     assert run("registry", "list", where)["adapters"] == {
-        "fees": {"versions": ["1", "1.5", "2"], "tags": {"latest": "2", "production": "1.5"}}
+        "fees": {"versions": ["1", "1.5", "2"], "tags": {"latest": "2", "production": "1.5"}, "leading": None}
     }
     assert run("registry", "show", where, "fees@production")["digest"] == second["digest"]
     assert run("registry", "fetch", where, "fees@production", tmp_path / "back")["version"] == "1.5"
@@ -113,6 +114,65 @@ def test_versions_are_published_listed_tagged_fetched_and_pruned(tmp_path):
     assert run("registry", "prune", where, "--keep", 1)["removed"] == ["fees@1", "fees@1.5"]
 
 
+def test_figures_stay_with_their_version_and_the_leading_one_is_told(tmp_path):
+    """Oracle: the smallest loss and the largest accuracy, looked up by hand; version 4 was measured on other rows alone."""
+    where = tmp_path / "registry"
+    (tmp_path / "job.yaml").write_text(
+        yaml.safe_dump({"data": {"train": "rows.jsonl"}, "lora": {"r": 2}, "training": {"max_steps": 7}})
+    )
+    for number, (loss, accuracy, rows) in enumerate([(0.5, 0.9, 40), (0.25, 0.7, 40), (0.75, 0.8, 40), (0.01, 1.0, 9)], 1):
+        folder = adapter(tmp_path / str(number), number)
+        told = {"rows": rows, "results": {"base": {"loss": 9.0}, str(folder): {"loss": loss, "accuracy": accuracy}}}
+        if number < 4:
+            told["results"]["elsewhere"] = {"loss": 0.0}
+        (tmp_path / "figures.json").write_text(json.dumps(told))
+        made = run(
+            *("registry", "publish", folder, where, "fees", "--config", tmp_path / "job.yaml"),
+            *("--figures", tmp_path / "figures.json"),
+        )
+        assert made["figures"] == {"rows": rows, "values": {"loss": loss, "accuracy": accuracy}}
+        leads = run("registry", "list", where)["adapters"]["fees"]["leading"]
+        assert leads["version"] == {1: "1", 2: "2", 3: "2", 4: "4"}[number]
+        if number == 3:
+            by = run("registry", "list", where, "--by", "accuracy")["adapters"]["fees"]["leading"]
+            assert by == {"version": "1", "value": 0.9, "rows": 40, "by": "accuracy"}
+    assert run("registry", "list", where, "--by", "unheard-of")["adapters"]["fees"]["leading"] is None
+    run("registry", "tag", where, "fees@2", "production")
+    said = CliRunner().invoke(fedge.app, ["registry", "show", str(where), "fees@2"], catch_exceptions=False).stdout
+    for part in (
+        "published: 20",
+        "tags: production",
+        "figures on 40 rows: accuracy 0.7, loss 0.25",
+        "plan.training.max_steps: 7",
+        "plan.lora.r: 2",
+    ):
+        assert part in said
+    assert "plan.training.batch_size" not in said  # as it is by default
+    said = CliRunner().invoke(fedge.app, ["registry", "list", str(where)], catch_exceptions=False).stdout
+    assert "4 leads by loss: 0.01 on 9 rows" in said
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        "{",
+        "[]",
+        '{"rows": 3, "results": {"a": 1}}',
+        '{"rows": 3, "results": {"a": {"loss": "low"}}}',
+        '{"rows": -1, "results": {"a": {"loss": 1}}}',
+        '{"rows": 3, "results": {"a": {"x\\ny": 1}}}',
+        '{"rows": 3, "results": {"a": {}}}',
+        '{"rows": 3, "results": {"a": {"loss": 1}, "b": {"loss": 1}}}',
+        '{"rows": 3, "results": {"base": {"loss": 1}}}',
+    ],
+)
+def test_figures_that_are_none_or_of_others_are_refused(tmp_path, monkeypatch, capsys, raw):
+    (tmp_path / "f.json").write_text(raw)
+    call = ["registry", "publish", adapter(tmp_path / "1", 1), tmp_path / "r", "fees", "--figures", tmp_path / "f.json"]
+    said = refused(monkeypatch, capsys, *call)
+    assert "no figures" in said or "says nothing of" in said
+
+
 def test_the_words_without_json_say_the_same(tmp_path):
     where = tmp_path / "registry"
     calls = [
@@ -122,7 +182,10 @@ def test_the_words_without_json_say_the_same(tmp_path):
         (["registry", "show", where, "fees"], "base_digest"),
         (["registry", "tag", where, "fees", "production"], "production is 1"),
         (["registry", "prune", where, "--keep", 1], "removed: none"),
-        (["combine", tmp_path / "c", "--adapter", tmp_path / "1", "--adapter", tmp_path / "1"], "svd of 2 adapters, rank 2"),
+        (
+            ["combine", tmp_path / "c", "--adapter", tmp_path / "1", "--adapter", tmp_path / "1"],
+            "svd of 2 adapters, rank 2, 100.0% kept",
+        ),
         (["merge", tmp_path / "1", tmp_path / "m", "--dtype", "bf16"], "rounding to bf16 is"),
         (["extract", "tiny", tmp_path / "m", tmp_path / "e", "--rank", 1], "of the change kept"),
     ]
@@ -145,10 +208,13 @@ def test_what_cannot_be_is_refused_with_its_reason(tmp_path, monkeypatch, capsys
         (["extract", "tiny", "tiny", tmp_path / "out", "--energy", "1.5"], "--energy: found 1.5"),
         (["extract", "tiny", "tiny", tmp_path / "out", "--energy", "0.5", "--rank", "2"], "found both"),
         ([*both, "--weight", "1"], "found 1 for 2 adapters"),
+        ([*both, "--weight", "nan", "--weight", "1"], "--weight: found nan, expected a finite number"),
         ([*both, "--how", "sum"], "--how: found 'sum'"),
         ([*both, "--how", "ties"], "--density: found None with ties"),
         ([*both, "--how", "cat", "--rank", "2"], "--rank is for svd"),
         (["combine", tmp_path / "out", "--adapter", one, "--adapter", soft], "prompt-tuning adapters do not add up"),
+        ([*both, "--how", "dare_linear", "--density", "0.5", "--seed", 2**64], "--seed"),
+        (["generate", "fine", "caf\udce9", "--adapter", one], "question 2: is not UTF-8"),
         (["registry", "publish", one, "s3://bucket/x", "fees"], "s3fs"),
         (["registry", "fetch", tmp_path / "registry", "fees", tmp_path / "out"], "no such version or tag"),
         (["registry", "show", tmp_path / "registry", "../x"], "name '../x'"),

@@ -373,10 +373,9 @@ def test_an_adapter_that_is_not_whole_is_refused(call, trained, tmp_path, storie
     assert "expected a folder with adapter_model.safetensors and adapter_config.json" in err
 
 
-def test_evaluate_without_rows_to_measure_on_names_both_ways_to_give_them(call, tmp_path, stories):
-    err = refused(call, tmp_path, "evaluate", job(tmp_path, stories))
-    assert "data.evaluate" in err
-    assert "--data" in err
+def test_evaluate_without_rows_to_measure_on_takes_the_share_that_training_holds_out(call, tmp_path, stories):
+    code, out, err = call("evaluate", job(tmp_path, stories), "--json")
+    assert (code, json.loads(out)["rows"]) == (0, 1), err
 
 
 def test_a_training_that_is_refused_leaves_an_older_result_as_it_was(call, tmp_path, stories):

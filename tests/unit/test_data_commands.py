@@ -67,7 +67,7 @@ def test_the_documented_commands_run_and_what_was_masked_comes_back(folder):
     assert (folder / "back.jsonl").read_bytes() == (folder / "clean.jsonl").read_bytes()
     assert (folder / "node.key").stat().st_mode & 0o777 == 0o600
     assert b"bank.com" not in (folder / "masked.jsonl.vault").read_bytes()
-    assert json.loads((folder / "card.json").read_text())["rows"] == {"training": 27, "held_out": 3}
+    assert json.loads((folder / "card.json").read_text())["rows"] == {"training": 27, "held_out": 3, "tasks": {}}
 
 
 def test_the_documented_job_trains_on_treated_rows_and_leaves_a_card_beside_the_adapter(folder):
@@ -138,6 +138,95 @@ def test_check_names_lines_and_ends_with_two(folder):
     assert (told["read"], told["unusable"]) == (31, 1)
 
 
+BROKEN = (
+    {"question": "Where?", "answer": "Here."},
+    {"input_text": "Where?", "target_text": ""},
+    {"input_text": "How many?", "target_text": 5},
+    {"input_text": "Where?", "target_text": ""},  # a duplicate of what cannot be used
+)
+
+
+def test_check_clean_mask_and_card_agree_on_which_rows_are_unusable_and_on_the_way_out(folder):
+    """Five lines are broken, one row stands there twice; without --skip-bad each refuses with an advice that works."""
+    lines = [json.dumps(row) for row in (*BROKEN, rows()[0])]
+    with (folder / "rows.jsonl").open("a") as file:
+        file.write("\n".join(["{broken", *lines]) + "\n")
+    told = json.loads(fedge("data", "check", "rows.jsonl", "--json", code=2))
+    assert (told["read"], told["unusable"], told["objective"]) == (36, 5, "sft")
+    assert "line 34: target_text is a number" in str(told["why"])
+    for verb in ("clean", "mask", "card"):
+        asked = ["data", verb, "rows.jsonl", "--out", f"{verb}.json{'' if verb == 'card' else 'l'}"]
+        done = CliRunner().invoke(app, asked)
+        assert isinstance(done.exception, DataError)
+        assert "5 of 36 rows cannot be used" in str(done.exception)
+        assert "--skip-bad goes on" in str(done.exception)
+        assert not (folder / asked[-1]).exists()
+        fedge(*asked, "--skip-bad")
+    assert len((folder / "mask.jsonl").read_text().splitlines()) == 31
+    assert json.loads((folder / "card.json").read_text())["report"]["files"][0]["skipped"] == 5
+    told = json.loads(
+        fedge("data", "clean", "rows.jsonl", "--out", "c.jsonl", "--skip-bad", "--removed", "gone.jsonl", "--json")
+    )
+    assert (told["read"], told["rows"], told["unusable"], told["removed"]) == (36, 30, 5, {"exact-duplicate": 1})
+    gone = [json.loads(line) for line in (folder / "gone.jsonl").read_text().splitlines()]
+    assert [one["line"] for one in gone] == [31, 32, 33, 34, 35, 36]
+    assert (gone[-1]["why"], gone[-1]["like"], gone[-1]["row"]) == ("exact-duplicate", 1, rows()[0])
+    assert gone[0]["row"] is None
+    assert gone[1]["row"] == BROKEN[0]
+    for verb in ("check", "card"):
+        fedge("data", verb, "c.jsonl")
+
+
+def test_rows_are_read_for_the_objective_whose_fields_they_have(folder):
+    kinds = {
+        "dpo": {"prompt": "Where?", "chosen": "Here {}.", "rejected": "There."},
+        "kto": {"prompt": "Where?", "completion": "Here {}.", "label": True},
+        "rl": {"prompt": "Where {}?"},
+        "pretraining": {"text": "Once {}."},
+        "sft": {"instruction": "Say", "output": "It {}."},
+        "classification": {"text": "Once {}.", "label": "a"},
+        "regression": {"text": "Once {}.", "label": 1.5},
+    }
+    for objective, row in kinds.items():
+        made = [{k: v.format(n) if isinstance(v, str) else v for k, v in row.items()} for n in "abc"]
+        (folder / "some.jsonl").write_text("".join(json.dumps(one) + "\n" for one in made))
+        assert json.loads(fedge("data", "check", "some.jsonl", "--json"))["objective"] == objective
+        fedge("data", "clean", "some.jsonl", "--out", "clean.jsonl")
+        other = "dpo" if objective == "sft" else "sft"
+        done = CliRunner().invoke(app, ["data", "check", "some.jsonl", "--objective", other])
+        assert f"use objective {objective}" in str(done.exception)
+        assert "skip" not in str(done.exception)  # none would be left
+
+
+def test_labels_are_counted_and_those_that_are_nearly_the_same_are_named(folder):
+    labels = ["Log in", "log in", "login", "card", "card", "fee"]
+    (folder / "some.csv").write_text("text,label\n" + "".join(f"row {n},{label}\n" for n, label in enumerate(labels)))
+    told = json.loads(fedge("data", "check", "some.csv", "--json"))
+    assert told["labels"] == {"card": 2, "Log in": 1, "log in": 1, "login": 1, "fee": 1}
+    assert told["labels_alike"] == [["Log in", "log in", "login"]]
+    said = fedge("data", "check", "some.csv")
+    assert "labels that differ in case or spaces only: 'Log in', 'log in', 'login'" in said
+    assert "with one row only: Log in, log in, login, fee" in said
+
+
+def test_a_job_names_the_columns_of_its_file(folder):
+    (folder / "own.csv").write_text("question,answer,note\n" + "".join(f"Where is {n}?,Here {n}.,x\n" for n in range(12)))
+    job = {"data": {"train": "own.csv", "columns": {"input_text": "question", "target_text": "answer"}}, "output": "out"}
+    (folder / "job.yaml").write_text(yaml.safe_dump(job))
+    assert json.loads(fedge("data", "check", "own.csv", "--job", "job.yaml", "--json"))["used"] == 12
+    fedge("data", "clean", "own.csv", "--job", "job.yaml", "--out", "ours.jsonl")
+    first = json.loads((folder / "ours.jsonl").read_text().splitlines()[0])
+    assert first == {"note": "x", "input_text": "Where is 0?", "target_text": "Here 0."}
+    job["data"]["columns"]["target_text"] = "reply"
+    (folder / "job.yaml").write_text(yaml.safe_dump(job))
+    done = CliRunner().invoke(app, ["data", "check", "own.csv", "--job", "job.yaml"])
+    assert "data.columns: no row has reply; there are answer, note, question" in str(done.exception)
+    job["data"]["columns"] = {"questions": "question"}
+    (folder / "job.yaml").write_text(yaml.safe_dump(job))
+    done = CliRunner().invoke(app, ["data", "check", "own.csv", "--job", "job.yaml"])
+    assert isinstance(done.exception, ConfigurationError)
+
+
 def test_masking_goes_on_with_an_earlier_vault(folder):
     (folder / "more.jsonl").write_text(json.dumps({"text": "clerk29@bank.com, x@y.org, [EMAIL-31]"}) + "\n")
     fedge("data", "key", "k")
@@ -177,7 +266,29 @@ def test_another_key_an_open_key_and_a_changed_vault_open_nothing(tmp_path):
         read_key(tmp_path / "b")
 
 
+def test_a_vault_is_never_lost_to_another_and_none_is_left_without_its_rows(folder):
+    fedge("data", "key", "k")
+    fedge("data", "mask", "rows.jsonl", "--out", "one.jsonl", "--key", "k")
+    before = (folder / "one.jsonl.vault").read_bytes()
+    done = CliRunner().invoke(app, ["data", "mask", "rows.jsonl", "--out", "one.jsonl", "--key", "k"])
+    assert isinstance(done.exception, DataError)
+    assert "is there already" in str(done.exception)
+    assert (folder / "one.jsonl.vault").read_bytes() == before
+    (folder / "there.jsonl").mkdir()  # in place of a disk that is full
+    done = CliRunner().invoke(app, ["data", "mask", "rows.jsonl", "--out", "there.jsonl", "--key", "k"])
+    assert isinstance(done.exception, OSError)
+    assert not (folder / "there.jsonl.vault").exists()
+
+
+def test_what_leaves_no_row_is_refused_and_writes_nothing(folder):
+    (folder / "long.yaml").write_text("cleaning: {min_characters: 100000}\n")
+    done = CliRunner().invoke(app, ["data", "clean", "rows.jsonl", "--out", "c.jsonl", "--settings", "long.yaml"])
+    assert isinstance(done.exception, DataError)
+    assert "no row is left" in str(done.exception)
+    assert not (folder / "c.jsonl").exists()
+
+
 def test_a_file_is_never_overwritten_by_what_was_made_of_it(folder):
     done = CliRunner().invoke(app, ["data", "clean", "rows.jsonl", "--out", "rows.jsonl"])
     assert isinstance(done.exception, ConfigurationError)
-    assert "is the file itself" in str(done.exception)
+    assert "itself, which would be lost" in str(done.exception)

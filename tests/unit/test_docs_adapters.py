@@ -3,8 +3,6 @@
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -38,7 +36,7 @@ def test_the_documented_adapters_are_merged_extracted_combined_served_and_publis
     (tmp_path / "fees.yaml").write_text(blocks("yaml")[0])
     after, registry = blocks("bash")
     assert "svd of 2 adapters, rank 8" in call(after)[3]
-    subprocess.run([sys.executable, "-c", blocks("python")[0]], check=True, capture_output=True)
+    exec(blocks("python")[0], {})  # noqa: S102
     told = call(registry)
     assert "fees: 1, 2 (latest 2, production 1)" in told[3]
     assert "removed: none" in told[-1]

@@ -51,7 +51,7 @@ def folder(tmp_path_factory):
 def call(line):
     done = CliRunner().invoke(app, shlex.split(line)[1:], catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    return done.output
+    return done.stdout
 
 
 def refused(monkeypatch, capsys, *arguments):
@@ -128,3 +128,32 @@ def test_an_option_that_makes_no_sense_is_refused_and_leaves_no_report(folder, m
     assert [part for part in said if part not in err] == []
     assert not (place / "unwritten").exists()
     assert CANARY not in err
+
+
+def test_a_stage_is_measured_by_its_own_objective_and_rows(folder, monkeypatch, capsys):
+    """The base alone: what counts is which rows and which figures are taken."""
+    place, _ = folder
+    monkeypatch.chdir(place)
+    pair = {"prompt": "Fee?", "chosen": "3 crowns", "rejected": "None."}
+    (place / "pairs.jsonl").write_text((json.dumps(pair) + "\n") * 10)
+    stages = [
+        {"data": {"train": "general.jsonl", "evaluate": "rows.jsonl"}},
+        {"objective": "reward", "data": {"train": "pairs.jsonl"}},
+    ]
+    (place / "staged.yaml").write_text(yaml.safe_dump({"data": {"max_length": 64}, "stages": stages}))
+    for named in ("1", "sft"):
+        assert json.loads(call(f"fedge evaluate staged.yaml --stage {named} --json"))["rows"] == 6
+    last = json.loads(call("fedge evaluate staged.yaml --json"))
+    assert (last["rows"], set(last["results"]["base"])) == (1, {"loss", "accuracy"}), "a tenth, held out"
+    assert "the job has 1 (sft), 2 (reward)" in refused(monkeypatch, capsys, "staged.yaml", "--stage", "kto")
+
+
+def test_blocks_of_text_are_not_called_rows_and_few_of_them_have_no_interval(folder, monkeypatch):
+    place, _ = folder
+    monkeypatch.chdir(place)
+    (place / "texts.jsonl").write_text("".join(json.dumps({"text": f"Room {n} is open."}) + "\n" for n in range(6)))
+    told = json.loads(call("fedge evaluate job.yaml --metrics loss --probe texts.jsonl --json"))
+    assert told["probe"]["texts"] == 6
+    assert told["probe"]["rows"] < 5
+    assert told["probe"]["intervals"]["base"]["loss"] == [None, None]
+    assert None not in told["intervals"]["base"]["loss"]

@@ -177,3 +177,114 @@ def test_the_tables_show_choice_alternatives_and_reasons(ask, monkeypatch):
     assert code == 0
     for part in ("chosen: lora bf16", "what fits", "what does not", "rule short-answers", "on out of memory"):
         assert part in told, part
+
+
+ROWS = {
+    "labels": [{"text": f"row {n} " * (n % 7 + 1), "label": "abc"[n % 3]} for n in range(40)],
+    "answers": [{"input_text": f"plan {n}?", "target_text": f"{n} crowns " * (n % 5 + 1)} for n in range(40)],
+    "pairs": [{"prompt": f"plan {n}?", "chosen": f"{n} crowns", "rejected": "no " * (n % 9 + 1)} for n in range(40)],
+    "texts": [{"text": f"plan {n} costs {n} crowns " * (n % 4 + 1)} for n in range(40)],
+}
+
+
+@pytest.mark.parametrize("shape", ROWS)
+def test_a_measured_plan_cuts_no_row_and_each_of_its_stages_can_read_them(ask, shape):
+    """The oracle is training's own encoding at the length that was planned."""
+    from strategies.base_model import find, load_tokenizer
+    from strategies.data.encode import encode
+    from strategies.data.formats import Conversation
+    from strategies.data.formats import load as read_rows
+
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[shape]))
+    code, told, err = ask("plan", "--data", "rows.jsonl", "--output", "job.yaml", "--json")
+    assert code == 0, err
+    assert not any("tokenizer is not here" in warning for warning in told["warnings"])
+    jobs = load_job("job.yaml").jobs()
+    for job in jobs:
+        rows = read_rows(job.data.train, job.plan())
+        encoded = encode(rows, load_tokenizer(find("tiny")), job.data.max_length, job.objective)
+        assert (len(rows), encoded.cut, encoded.dropped) == (40, 0, 0) or job.objective == "pretraining"
+    if shape == "pairs":
+        assert [job.objective for job in jobs] == ["sft", "dpo"]
+        first = read_rows(jobs[0].data.train, jobs[0].plan())[0]
+        assert first == Conversation(({"role": "user", "content": "plan 0?"},), "0 crowns")
+
+
+def load_job(name):
+    return load(Path(name), Job).beside(Path(name))
+
+
+def test_without_the_tokenizer_lengths_are_said_to_be_guesses(ask):
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS["answers"]))
+    _, told, _ = ask("plan", "--base-model", model(HALF), "--data", "rows.jsonl", "--json")
+    assert any("tokenizer is not here" in warning for warning in told["warnings"])
+
+
+def test_where_nothing_fits_the_nearest_that_would_is_told(ask):
+    at = ("--profile", "rtx-4090", "--json")
+    _, full, _ = ask("plan", "--base-model", model(SEVEN), *at, "--wish", "method=full")
+    assert any(warning.startswith("without the wish method=full: lora bf16 would fit") for warning in full["warnings"])
+    _, large, _ = ask("plan", "--base-model", model(SEVENTY), *at)
+    (nearest,) = [warning for warning in large["warnings"] if warning.startswith("nearest: qlora nf4 needs")]
+    assert "one l40s has room for it" in nearest, "44.6 GB: the smallest that is known"
+
+
+def test_on_80_columns_every_field_is_read_whole_and_facts_that_were_assumed_are_said(ask, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, told, _ = ask("plan", "--base-model", model(SEVEN), "--profile", "rtx-4090")
+    for name in ("training.gradient_accumulation_steps", "training.num_train_epochs", "training.early_stopping_patience"):
+        assert name in told
+    assert "assumed, for want of data: kind=generation, rows=1000" in told
+    assert max(map(len, told.splitlines())) <= 80
+
+
+def test_a_stage_after_the_first_says_what_is_its_own_and_why(ask):
+    at = ("--base-model", model(SEVEN), "--profile", "a100-80gb", "--task", "preference_pairs=400")
+    _, told, _ = ask("plan", *at, "--json")
+    first, second = told["chosen"]["stage_reasons"]
+    assert second["training.learning_rate"] == "default for lora on preferences"
+    assert second["dpo.beta"] == "default"
+    assert first["objective"] != second["objective"]
+    assert told["chosen"]["kwh"] > 0
+
+
+def test_the_first_phase_of_a_roadmap_is_the_plan_itself_on_few_rows(ask):
+    at = ("--base-model", model(SEVEN), "--profile", "rtx-4090", "--task", "rows=20000")
+    _, told, _ = ask("roadmap", *at, "--json")
+    trial, stage = told["phases"][:2]
+    assert (trial["strategy"], trial["rows"]) == (stage["strategy"], 500)
+    assert trial["plan"] == stage["plan"]
+    assert trial["peak_bytes"] == stage["peak_bytes"]
+    assert trial["hours"] == pytest.approx(stage["hours"] * 500 / 20_000)
+
+
+def test_a_job_finds_its_base_beside_it_wherever_it_is_run(ask, tmp_path, monkeypatch):
+    Path("bases/mine").mkdir(parents=True)
+    Path("job.yaml").write_text(yaml.safe_dump({"base_model": "bases/mine", "data": {"train": "rows.jsonl"}}))
+    Path("hub.yaml").write_text(yaml.safe_dump({"base_model": "org/model", "data": {"train": "rows.jsonl"}}))
+    monkeypatch.chdir("/")
+    assert load_job(tmp_path / "job.yaml").base_model == str(tmp_path / "bases/mine")
+    assert load_job(tmp_path / "hub.yaml").base_model == "org/model"
+
+
+def test_a_job_without_rows_and_a_described_machine_without_rates_are_told_what_to_do(ask):
+    _, told, _ = ask("plan", "--base-model", model(HALF), "--gpu-memory", "24GB", "--output", "job.yaml")
+    assert "add data.train" in told
+    assert "--calibrate" not in told
+    assert "--profile" in told
+
+
+def test_one_cause_of_many_rejections_is_one_line(ask, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    t5 = {"model_type": "t5", "d_model": 512, "num_layers": 6, "num_heads": 8, "d_ff": 2048, "vocab_size": 32128, "d_kv": 64}
+    code, told, _ = ask("plan", "--base-model", model(t5 | {"hidden_size": 512, "num_hidden_layers": 6}), "--profile", "t4")
+    assert code == 1
+    assert " ".join(told.split()).count("which fedge does not train") == 1
+    assert "DPO" not in told
+
+
+def test_memory_does_not_ask_a_hub_for_a_question_that_is_wrong_anyway(ask):
+    code, _, err = ask("memory", "--config", "nobody/nowhere", "--method", "loraa")
+    assert code == 2
+    assert "loraa" in err
+    assert "not looked for" in err

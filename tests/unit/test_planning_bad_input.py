@@ -7,6 +7,7 @@ spoilt in places that the test names.
 
 import io
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -174,6 +175,13 @@ def test_what_the_command_line_says_of_the_hardware_is_put_on_what_the_file_says
     code, told, _ = ask("plan", question, "--gpus", 1, "--json")
     assert code == 0
     assert told["tier"] == "large", "the profile of the file, which is no CPU"
+
+
+def test_a_described_machine_cannot_be_calibrated(ask):
+    code, _, err = ask("plan", "--calibrate", "--gpu-memory", "24GB", "--task", "rows=0")
+    assert code == 2
+    assert "--calibrate: measures this machine" in err
+    assert "rows: input" in err
 
 
 # Requests ----------------------------------------------------------------------------------------------------------------
@@ -423,15 +431,18 @@ def test_rows_that_share_most_of_their_text_are_measured_at_once(ask):
 
 
 def test_a_plan_is_not_written_over_what_it_was_made_from_or_what_is_no_file(ask):
-    rows, question = written(ROWS, "rows.jsonl"), written("base_model: tiny\n", "question.yaml")
+    model, rows = written(SEVEN), written(ROWS, "rows.jsonl")
+    question = written(yaml.safe_dump({"base_model": str(model), "data": "rows.jsonl"}), "question.yaml")
+    kept = [path.read_text() for path in (model, rows, question)]
     Path("folder").mkdir()
-    for output in (rows, question, "folder", "/dev/null", "rows.jsonl/plan.yaml", "x" * 400):
-        code, _, err = ask("plan", question, "--data", rows, "--output", output, "--task", "rows=0")
+    os.mkfifo("device")  # stands for /dev/null, which a superuser's test would replace if this failed
+    for output in (model, rows, question, "folder", "device", "rows.jsonl/plan.yaml", "x" * 400):
+        code, _, err = ask("plan", question, "--output", output, "--task", "rows=0")
         assert code == 2
         assert "--output: " in err
         assert "rows: input" in err
-    assert rows.read_text() == ROWS
-    assert Path("/dev/null").is_char_device()
+    assert [path.read_text() for path in (model, rows, question)] == kept
+    assert Path("device").is_fifo()
 
 
 @pytest.mark.parametrize(

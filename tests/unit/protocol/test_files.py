@@ -1,6 +1,7 @@
 """An adapter on disk: what we write PEFT loads, what PEFT wrote we read, and a folder is there whole or not at all."""
 
 import json
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -348,6 +349,38 @@ def test_a_value_that_is_not_finite_is_refused_by_name(tmp_path, name, value):
     assert name in str(caught.value)
 
 
+def test_a_float64_that_no_float32_holds_is_refused(tmp_path):
+    folder = write(tmp_path / "a")
+    tensors = {name: tensor.astype(np.float64) for name, tensor in load_file(folder / WEIGHTS).items()}
+    first = min(tensors)
+    tensors[first][...] = 1e300
+    save_file(tensors, folder / WEIGHTS)
+    with pytest.raises(AdapterError, match="some that float32 has not"):
+        read_adapter(folder)
+
+
+@pytest.mark.parametrize("name", ["\x1b[31mX\n.lora_A.weight", "a" * 301, "a b"])
+def test_a_tensor_whose_name_no_base_has_is_refused_and_steers_no_terminal(tmp_path, name):
+    folder = write(tmp_path / "a")
+    save_file({name: np.ones((2, 2), np.float32)}, folder / WEIGHTS)
+    with pytest.raises(AdapterError, match="visible ASCII") as caught:
+        read_adapter(folder)
+    assert "\x1b" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_a_full_disk_is_an_error_of_the_system_and_leaves_nothing(tmp_path):
+    """The limit on the size of a file that the system sets stands for a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            write(tmp_path / "a")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_bfloat16_nan_is_refused(tmp_path):
     import torch
     from safetensors.torch import save_file as save_torch
@@ -411,6 +444,9 @@ def test_wrong_json_is_refused_with_its_path(tmp_path, file, text):
         {"alpha_pattern": {"q_proj": None}},
         {"alpha_pattern": ["q_proj"]},
         {"alpha_pattern": 3},
+        {"alpha_pattern": {"(([a-z.0-9_])+)+!": 4}},
+        {"alpha_pattern": {"a?" * 40 + "!": 4}},
+        {"alpha_pattern": {"(.|.)" * 40 + "!": 4}},
         {"peft_type": "(absent)"},
         {"peft_type": "ADALORA"},
     ],

@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM
 
 from protocol.adapter import Adapter, Factors
 from protocol.errors import AdapterError
-from protocol.files import read_stored, write_adapter
+from protocol.files import Stored, read_stored, write_adapter
 from protocol.manifest import Manifest
 from protocol.plan import Plan
-from strategies.adapters.combine import SPARSE, combine
+from strategies.adapters.combine import SPARSE, combine, energy_kept
 from strategies.base_model import find
 from strategies.methods.registry import shape
 
@@ -92,6 +92,22 @@ def test_svd_and_cat_and_linear_are_their_closed_forms(three):
         assert made["cat"].factors[module].r == 12
 
 
+@pytest.mark.parametrize("rank", [1, 3, 40])
+def test_the_energy_that_svd_keeps_is_that_of_the_whole_matrices(three, rank):
+    """Oracle: singular values of the summed changes, formed in float64; factors are rounded to float32."""
+    weights = [0.7, -0.4, 1.2]
+    made = combine(three, weights, "svd", r=rank)
+    squares = []
+    for module in made.factors:
+        pairs = [stored.adapter.factors[module] for stored in three]
+        whole = sum(
+            w * p.scaling * p.B.astype(np.float64) @ p.A.astype(np.float64) for w, p in zip(weights, pairs, strict=True)
+        )
+        squares.append(np.linalg.svd(whole, compute_uv=False) ** 2)
+    wanted = sum(s[:rank].sum() for s in squares) / sum(s.sum() for s in squares)
+    assert energy_kept(three, weights, made) == pytest.approx(wanted, abs=1e-5)
+
+
 def test_dare_is_unbiased_and_drops_what_it_says(three):
     """Beside one that counts nothing, 60 seeds: the mean of what is left and scaled is the factor (Yu et al., section 3.2)."""
     pair = next(iter(three[0].adapter.factors.values()))
@@ -157,9 +173,33 @@ def test_what_does_not_add_up_is_refused_with_the_reason(base, three, tmp_path):
         combine(heads, [1.0, 1.0])
 
 
+@pytest.mark.parametrize("way", ["svd", "linear"])
+@pytest.mark.parametrize(
+    ("modules", "task", "said"),
+    [
+        ((), "CAUSAL_LM", "holds no factors"),
+        (("a", "a.b"), "CAUSAL_LM", "a.b: has no name"),
+        (("a..b",), "CAUSAL_LM", "a..b: has no name"),
+        (("a",), "TOKEN_CLS", "for TOKEN_CLS"),
+    ],
+)
+def test_folders_of_others_that_cannot_be_combined_are_refused(three, tmp_path, way, modules, task, said):
+    pair = Factors(np.ones((2, 4), np.float32), np.ones((3, 2), np.float32))
+    odd = Stored(tmp_path, Adapter(dict.fromkeys(modules, pair)), None, three[0].settings, task)
+    with pytest.raises(AdapterError, match=said):
+        combine([odd], [1.0], way)
+
+
 @pytest.mark.parametrize(
     ("weights", "more"),
-    [([1.0], {}), ([], {}), ([1, 1, 1], {"density": 0.5}), ([1, 1, 1], {"way": "ties"}), ([1, 1, 1], {"way": "cat", "r": 2})],
+    [
+        ([1.0], {}),
+        ([], {}),
+        ([1, 1, float("nan")], {}),
+        ([1, 1, 1], {"density": 0.5}),
+        ([1, 1, 1], {"way": "ties"}),
+        ([1, 1, 1], {"way": "cat", "r": 2}),
+    ],
 )
 def test_settings_that_nobody_would_hear_are_refused(three, weights, more):
     with pytest.raises(ValueError, match=r"expected|follows"):

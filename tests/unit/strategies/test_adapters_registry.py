@@ -102,7 +102,7 @@ def test_versions_are_ordered_by_number_and_latest_is_the_largest(location, tmp_
     assert registry.tags("fees") == {"latest": "10", "production": "1.10", "shadow": "1.10"}
     assert registry.show("fees@production").version == "1.10"
     registry.tag("fees@2", "production")
-    registry.tag("fees", "shadow", remove=True)
+    assert registry.tag("fees", "shadow", remove=True) == "1.10"
     assert registry.tags("fees") == {"latest": "10", "production": "2"}
     with pytest.raises(AdapterError, match="latest is the newest"):
         registry.tag("fees@2", "latest")
@@ -366,7 +366,7 @@ def test_a_file_that_changed_grew_shrank_or_went_is_refused(tmp_path, there, pub
     place.write_bytes(raw + b"x")
     assert f"more than the {len(raw)} bytes" in refused(there, tmp_path)
     place.write_bytes(raw[:-1])
-    assert "is not what was published" in refused(there, tmp_path)
+    assert f"lacks 1 of the {len(raw)} bytes" in refused(there, tmp_path)
     place.unlink()
     assert "is not there" in refused(there, tmp_path)
     place.mkdir()
@@ -482,8 +482,34 @@ def test_a_target_that_is_there_stays_as_it_is(tmp_path, there, published):
 def test_a_location_that_needs_a_package_names_it():
     with pytest.raises(ConfigurationError, match="s3fs"):
         Registry("s3://bucket/adapters")
-    with pytest.raises(ConfigurationError, match="no location that fsspec knows"):
-        Registry("nothing://bucket")
+    for url in ("nothing://bucket", "reference://x"):
+        with pytest.raises(ConfigurationError, match="no location that fsspec knows"):
+            Registry(url)
+    with pytest.raises(ConfigurationError, match="found none; expected a folder or a URL"):
+        Registry("")
+    with pytest.raises(AdapterError, match="NotImplementedError"):
+        Registry("data:,x").names()
+
+
+def test_a_tag_is_taken_from_the_version_that_bears_it_alone(tmp_path, there):
+    for seed in range(2):
+        there.publish(adapter(tmp_path / str(seed), seed), "fees")
+    there.tag("fees@2", "production")
+    with pytest.raises(AdapterError, match="fees@1 does not bear the tag production"):
+        there.tag("fees@1", "production", remove=True)
+    assert there.tags("fees")["production"] == "2"
+    with pytest.raises(AdapterError, match="does not bear the tag shadow"):
+        there.tag("fees", "shadow", remove=True)
+    assert there.tag("fees@2", "production", remove=True) == "2"
+    assert "production" not in there.tags("fees")
+
+
+def test_a_base_with_a_name_of_pages_is_not_published(tmp_path, there):
+    folder = adapter(tmp_path / "a")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "x" * 501}))
+    with pytest.raises(AdapterError, match="names a base of 501 characters"):
+        there.publish(folder, "fees")
 
 
 def test_a_location_that_would_overwrite_is_refused_for_publishing(tmp_path):

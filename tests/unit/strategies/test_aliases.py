@@ -8,9 +8,10 @@ import yaml
 from protocol.configuration import parse
 from protocol.data_settings import DataSettings
 from protocol.errors import ConfigurationError
+from protocol.method_settings import LoraSettings
 from protocol.plan import Plan
 from protocol.training_settings import TrainingSettings
-from strategies.aliases import OLD, UNUSED, VALUES, WORDS
+from strategies.aliases import ELSEWHERE, OLD, UNUSED, UNUSED_LORA, VALUES, WORDS
 from strategies.job import Job
 
 
@@ -111,6 +112,45 @@ def test_what_is_said_twice_or_is_nobodys_word_is_refused(text, said):
     assert any(said in line for line in problems(text if "data_config" in text else DATA + text)), problems(DATA + text)
 
 
+def test_words_of_other_tools_at_the_top_are_told_their_place_and_a_list_stands_there_once():
+    found = problems("""
+        train_file: rows.jsonl
+        learning_rate: 1.0e-3
+        lora_alpha: 16
+        lora_r: 8
+        load_in_4bit: true
+        packing: true
+        report_to: none
+        zzzz: 1
+        qqqq: 2
+    """)
+    for key, place in {
+        "train_file": "data.train",
+        "learning_rate": "training.learning_rate",
+        "lora_alpha": "lora.lora_alpha",
+        "lora_r": "lora.r",
+        "load_in_4bit": "method: qlora and precision: nf4",
+        "packing": "training.packing",
+        "report_to": "training.report_to",
+    }.items():
+        assert f"{key}: unknown at the top; write {place}" in found
+    (listed,) = [line for line in found if "known here" in line]
+    assert {"training_args", "data_config", "model_name_or_path", "output_dir"} <= set(listed.replace(",", "").split())
+    assert "qqqq: unknown key" in found
+
+
+def test_a_lora_config_of_peft_and_grouping_by_length_are_taken(caplog):
+    found = job(
+        DATA
+        + "peft_config: {peft_type: LORA, task_type: CAUSAL_LM, r: 4, lora_alpha: 8, bias: none, target_modules: [q_proj]}\n"
+        "training_args: {group_by_length: true}"
+    )
+    assert (found.lora.r, found.lora.lora_alpha, found.lora.target_modules) == (4, 8, ("q_proj",))
+    assert found.training.train_sampling_strategy == "group_by_length"
+    assert "peft_config.task_type: has no meaning here" in caplog.text
+    assert any("method: bitfit" in line for line in problems(DATA + "peft_config: {bias: all}"))
+
+
 def test_no_evaluation_and_no_checkpoints_in_their_words():
     found = job(DATA + "training_args: {eval_strategy: 'no', eval_steps: 5, save_strategy: 'no', save_steps: 5}")
     assert (found.training.eval_steps, found.training.save_steps) == (None, None)
@@ -149,7 +189,7 @@ def test_a_plan_with_every_possible_mistake_at_once_lists_them_all():
 
 def test_the_table_leads_to_fields_that_there_are():
     """Every word's target is a field of a job, and no word is a field's own name in its section."""
-    sections = {"training": TrainingSettings, "data": DataSettings}
+    sections = {"training": TrainingSettings, "data": DataSettings, "lora": LoraSettings}
     targets = {target for words in WORDS.values() for target in words.values()} | {target for target, _ in VALUES.values()}
     for target in targets - {""}:
         section, _, field = target.partition(".")
@@ -157,6 +197,10 @@ def test_the_table_leads_to_fields_that_there_are():
     for section, words in WORDS.items():
         assert not set(words) & set((sections[section] if section else Plan).model_fields)
     assert not set(UNUSED) & set(TrainingSettings.model_fields)
+    assert not set(UNUSED_LORA) & set(LoraSettings.model_fields)
+    for place in ELSEWHERE.values():
+        section, _, field = place.partition(":")[0].partition(".")
+        assert field in sections[section].model_fields if field else section in Plan.model_fields, place
     assert not set(OLD) & set(TrainingSettings.model_fields)
 
 
@@ -168,6 +212,7 @@ def test_every_argument_of_hugging_faces_that_people_write_is_known():
 
     theirs = {field.name for field in dataclasses.fields(TrainingArguments)}
     own = {"batch_size", "eval_batch_size", "mixed_precision", "tensorboard", "divergence_factor", "early_stopping_patience"}
+    own |= {"packing"}  # TRL's
     names = set(TrainingSettings.model_fields) - own - {"restart_warmup_ratio", "proximal_mu", "gradient_checkpointing"}
     assert names - theirs <= {"warmup_ratio"}, "fields carry the library's names"
     written = {"per_device_train_batch_size", "fp16", "bf16", "eval_strategy", "save_strategy", "report_to", "output_dir"}

@@ -37,6 +37,21 @@ def test_markup_goes_and_what_is_no_html_stays(text, plain):
 @pytest.mark.parametrize(
     ("text", "plain"),
     [
+        ("<p>What&nbsp;is the <b>fee</b>&#8203;?</p>", "What is the fee?"),
+        ("a\u00a0b\u202fc&#x202e;d&#0;", "a b cd\ufffd"),  # HTML has no character 0
+        ("<b\u200b>x</b>\u00a0&amp;nbsp;", "x &nbsp;"),
+    ],
+)
+def test_what_an_entity_stands_for_is_no_invisible_character_either(text, plain):
+    """Oracle: what a browser shows, read by a person who cannot see a no-break space."""
+    found, changed, _ = clean([{"text": text}], control_characters=True, markup=True)
+    assert found == [{"text": plain}]
+    assert changed == {"control-characters": 1, "markup": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "plain"),
+    [
         ("a\x00b\x07c", "abc"),
         ("a\u200bb\ufeffc\u202ed", "abcd"),
         ("one\r\ntwo\rthree\tfour", "one\ntwo\nthree\tfour"),
@@ -98,6 +113,27 @@ def test_exact_duplicates_are_told_from_near_ones_and_metadata_does_not_count():
     rows = [{"text": text, "id": 1}, {"text": text, "id": 2}, {"text": text.upper(), "id": 3}]
     assert clean(rows, exact_duplicates=True)[2] == {"exact-duplicate": 1}
     assert clean(rows, near_duplicates=True)[2] == {"exact-duplicate": 1, "near-duplicate": 1}
+
+
+@pytest.mark.parametrize("duplicates", ["exact_duplicates", "near_duplicates"])
+def test_rows_of_fields_that_nobody_knows_repeat_nothing(duplicates):
+    rows = [{"question": "a"}, {"question": "b"}, {}, {}]
+    assert clean(rows, **{duplicates: True}) == (rows, {}, {})
+
+
+@pytest.mark.parametrize("near", [False, True])
+def test_every_row_that_goes_is_listed_with_the_one_that_stays(near):
+    text = "I would like to open a current account with your bank, please."
+    rows = [{"text": ""}, {"text": text}, {"text": "Hello"}, {"text": text}, {"text": text.upper()}, {"text": text}]
+    told = Cleaned()
+    wish = CleaningSettings(exact_duplicates=True, near_duplicates=near)
+    kept = [line for line, _ in cleaned(enumerate(rows, 1), wish, told)]
+    gone = {(1, "empty", None), (4, "exact-duplicate", 2), (6, "exact-duplicate", 2)} | (
+        {(5, "near-duplicate", 2)} if near else set()
+    )
+    assert {(one.line, one.why, one.like) for one in told.gone} == gone
+    assert len(told.gone) == len(gone) == sum(told.removed.values())
+    assert kept == [line for line in range(1, 7) if line not in {line for line, _, _ in gone}]
 
 
 def test_rows_that_cannot_be_read_pass_through_with_their_lines():

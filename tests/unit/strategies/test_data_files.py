@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from protocol.errors import DataError
-from strategies.data.files import raise_all, read
+from strategies.data.files import raise_all, read, stream
 
 CANARY = "Zanzibar-4711"
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
@@ -196,3 +196,15 @@ def test_a_report_shows_five_problems_and_counts_them_all(count, total):
 
 def test_no_problem_raises_nothing():
     raise_all("PATH", [], 3)
+
+
+def test_a_number_without_end_and_two_columns_of_one_name_are_told_as_what_they_are(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"n": ' + "9" * 5000 + "}\n" + "[" * 100_000 + "\n")
+    assert [why for _, why in stream(tmp_path / "a.jsonl")] == [
+        "not JSON (a number of thousands of digits)",
+        "not JSON (nested too deep)",
+    ]
+    (tmp_path / "a.csv").write_text("text,text\na,b\n")
+    assert [why for _, why in stream(tmp_path / "a.csv")] == [
+        "two columns have the same name in the first line; expected a name each"
+    ]

@@ -9,11 +9,13 @@ import pytest
 
 from protocol.data_settings import DataPolicy, DataSettings
 from protocol.errors import DataError
+from protocol.mixture_settings import TaskFiles
 from protocol.plan import Plan
 from strategies.data import prepared
 from strategies.data.augmentation import augmented, read_synonyms
 from strategies.data.card import card, digest
-from strategies.data.formats import Conversation, load, spoken
+from strategies.data.formats import Conversation, distinct_labels, load, spoken
+from strategies.data.mixture import gathered
 from strategies.data.prepared import file_rows, prepare, summary
 from tests.unit.strategies.test_data_duplicates import edited, english
 
@@ -248,6 +250,48 @@ def test_a_model_on_this_machine_paraphrases_through_the_same_door(tmp_path):
     assert (tmp_path / "written.jsonl").stat().st_mode & 0o077 == 0
 
 
+def test_columns_get_our_names_before_anything_looks_at_rows(tmp_path):
+    """Two names may change places, and a column of that name that is not meant goes; labels are found in theirs."""
+    rows = [{"label": f"What is {n}?", "text": "ab"[n % 2], "prompt": "x"} for n in range(6)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    wish = plan("classification", labels=["a", "b"], columns={"text": "label", "label": "text"})
+    assert [(row.text, row.label) for row in file_rows(wish, path)[0]] == [(row["label"], n % 2) for n, row in enumerate(rows)]
+    assert distinct_labels(path, columns={"label": "text", "text": "label"}) == ("a", "b")
+    policy = DataPolicy.model_validate({"columns": {"text": "label", "label": "text"}})
+    assert policy.added_to(plan("classification").data).columns == wish.data.columns
+    assert DataPolicy().added_to(wish.data).columns == wish.data.columns
+    with pytest.raises(DataError, match=r"data.columns: no row has body; there are label, prompt, text"):
+        file_rows(plan("pretraining", columns={"text": "body"}), path)
+
+
+def test_the_rows_of_a_mixture_are_told_by_task_and_counted_once(tmp_path):
+    """Ten rows and four; forty are drawn. Held out are one each (a tenth), so twelve train and no more than these count."""
+    files = {name: write(tmp_path / f"{name}.jsonl", questions(count)) for name, count in (("large", 10), ("small", 4))}
+    sources = {name: TaskFiles(train=path) for name, path in files.items()}
+    found = gathered(plan(), sources, wanted=40).prepared
+    assert len(found.training) == 40
+    assert len(found.rows()) == 12
+    told = card(found, plan())
+    assert told["rows"] == {
+        "training": 12,
+        "held_out": 2,
+        "tasks": {"large": {"training": 9, "held_out": 1}, "small": {"training": 3, "held_out": 1}},
+    }
+    assert "task small: 3 rows train, 1 are held out" in summary(found.report)
+
+
+def test_plain_text_replays_beside_sft_alone_and_the_key_is_named(tmp_path):
+    general = write(tmp_path / "general.jsonl", [{"text": "Once upon a time."}])
+    pairs = [{"prompt": f"Is it {n}?", "chosen": "Yes.", "rejected": "No."} for n in range(4)]
+    sources = {"": TaskFiles(train=write(tmp_path / "pairs.jsonl", pairs))}
+    with pytest.raises(DataError, match=r"(?s)data.replay: .*general.jsonl: 1 of 1 rows.*plain text replays beside sft only"):
+        gathered(plan("dpo"), sources, general)
+    own = [{"question": f"Is it {n}?", "target_text": "Yes."} for n in range(4)]
+    sources = {"": TaskFiles(train=write(tmp_path / "own.jsonl", own))}
+    wish = plan(columns={"input_text": "question"})
+    assert gathered(wish, sources, general).prepared.report.replayed == 1  # the columns are those of the new rows
+
+
 # The card -------------------------------------------------------------------------------------------------------------
 
 
@@ -262,8 +306,17 @@ def test_a_card_counts_and_its_score_is_the_product_of_its_shares(tmp_path):
     quality = told["quality"]
     assert [quality[name] for name in ("usable", "unique", "clean", "whole")] == [0.9, *(round(8 / 9, 4),) * 3]
     assert quality["score"] == pytest.approx(0.9 * (8 / 9) ** 3, abs=1e-4)
-    assert told["rows"] == {"training": 8, "held_out": 1}
+    assert told["rows"] == {"training": 8, "held_out": 1, "tasks": {}}
     assert told["duplicates"]["exact"] == 1
+    assert set(told["duplicates"]) < set(told["definitions"])
     assert told["digest"]["training"] == digest(made.training) != told["digest"]["held_out"]
     assert not [row for row in rows if row["target_text"] != "y" and row["target_text"] in json.dumps(told)]
     assert str(tmp_path) not in json.dumps(told)
+
+
+def test_a_card_of_the_largest_labels_has_their_mean(tmp_path):
+    """Their sum is no number, and their mean is: of 2 of 1e308 and 2 of -1e308 it is nothing."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": f"t{n}", "label": (-1) ** (n // 2) * 1e308}) + "\n" for n in range(4)))
+    asked = Plan(objective="regression")
+    assert card(prepare(asked, path), asked)["labels"] == {"least": -1e308, "mean": pytest.approx(0, abs=1e293), "most": 1e308}

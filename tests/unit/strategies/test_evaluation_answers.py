@@ -8,9 +8,9 @@ from protocol.plan import Plan
 from strategies.adapted import with_adapter
 from strategies.base_model import find
 from strategies.evaluation import latency
-from strategies.evaluation.answers import greedy
 from strategies.evaluation.turns import each
 from strategies.methods import registry
+from strategies.writer import continuations
 
 PROMPTS = [
     "Once",
@@ -71,7 +71,7 @@ def test_answers_in_batches_are_those_of_plain_transformers_one_by_one(stories, 
     expected = one_by_one(model, ids, 16)
     assert len({tuple(answer) for answer in expected}) > 2, "answers that are all alike would prove little"
     for size in (3, 16):
-        assert greedy(model, tokenizer, ids, 16, size) == expected
+        assert continuations(model, tokenizer, ids, max_new_tokens=16, batch_size=size) == expected
 
 
 def test_an_answer_ends_with_its_end_and_is_no_longer_than_allowed(stories):
@@ -80,7 +80,7 @@ def test_an_answer_ends_with_its_end_and_is_no_longer_than_allowed(stories):
     ids = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
     plain = one_by_one(model, ids, 8)
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(plain[0][2])
-    made = greedy(model, tokenizer, ids, 8, 4)
+    made = continuations(model, tokenizer, ids, max_new_tokens=8, batch_size=4)
     assert made[0] == plain[0][: plain[0].index(plain[0][2]) + 1]
     assert all(answer == full[: len(answer)] for answer, full in zip(made, plain, strict=True))
     assert max(map(len, made)) <= 8

@@ -317,7 +317,6 @@ def test_a_base_that_turns_positions_has_room_for_any_prompt():
     [
         ({"method": "prefix-tuning", "training": {"gradient_checkpointing": True}}, "choose prompt-tuning"),
         ({"method": "p-tuning-v2", "training": {"gradient_checkpointing": True}}, "choose prompt-tuning"),
-        ({"method": "prefix-tuning", "training": {"early_stopping_patience": 1, "eval_steps": 1}}, "choose p-tuning-v2"),
         ({"method": "p-tuning-v2", "prompt": {"init_text": "Say"}}, "init_text is for method prompt-tuning"),
         ({"method": "p-tuning-v2", "prompt": {"encoder_hidden_size": 4}}, "is for method prefix-tuning"),
         ({"method": "ia3", "ia3": {"feedforward_modules": ["fc2"]}}, "fc2 must stand in target_modules too"),

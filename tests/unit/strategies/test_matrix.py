@@ -115,7 +115,7 @@ def test_a_pair_trains_saves_loads_and_predicts_what_it_did_or_is_refused(tmp_pa
 
     loaded = logits(use, stored.adapter)
     np.testing.assert_allclose(loaded, logits(plan, trained.adapter), rtol=5e-6, atol=1e-5)
-    assert np.abs(loaded - logits(use, None)).max() > 1e-3, "a training that moves nothing proves nothing"
+    assert np.abs(loaded[:, -4:] - logits(use, None)).max() > 1e-3, "a training that moves nothing proves nothing"
     if plan.forgetting:
         guard = Guard(plan.forgetting, PROBE, load_tokenizer(base), plan)
         found, wanted = (guard.loss(with_adapter(use, base, stored.adapter)[0]), trained.metrics["forgetting-after"])

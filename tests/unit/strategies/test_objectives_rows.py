@@ -146,7 +146,7 @@ def test_rows_of_another_objective_are_refused_with_a_reason(tmp_path, objective
         ("kto", {"prompt": "q", "completion": CANARY}, "label is missing"),
         ("kto", {"prompt": "q", "completion": CANARY, "label": "maybe"}, "neither true nor false"),
         ("kto", {"prompt": "q", "completion": CANARY, "label": 2}, "neither true nor false"),
-        ("kto", {"prompt": "q", "completion": 3, "label": True}, "completion is missing"),
+        ("kto", {"prompt": "q", "completion": 3, "label": True}, "completion is a number"),
         ("rl", {"prompt": ""}, "prompt is missing"),
         ("rl", {"prompt": "q", "completion": CANARY}, "use objective kto"),
         ("rl", {"prompt": "q", "chosen": CANARY, "rejected": "x"}, "use objective dpo"),

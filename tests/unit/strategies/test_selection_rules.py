@@ -1,6 +1,7 @@
 """Each selection rule, by its id: what fires it, and what it does to the choice. The expectations are the issue's sentences."""
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ from protocol.errors import ConfigurationError
 from protocol.plan import Plan
 from strategies import rules
 from strategies.architecture import read
+from strategies.footprint import Machine, setup_of
 from strategies.hardware import PROFILES, Hardware, override
+from strategies.memory import estimate
 from strategies.selector import select
 from strategies.task import Limits, Task
 
@@ -38,7 +41,7 @@ def ids(found):
 # (rule, task, more of ``chosen``, method, fields of the plan)
 CASES = [
     ("classification-small", {"kind": "classification", "classes": 5, "rows": 999}, {"model": BERT}, "lora",
-     {"lora.r": 8, "lora.target_modules": ("query", "value"), "training.num_train_epochs": 5, "training.learning_rate": 2e-5}),
+     {"lora.r": 8, "lora.target_modules": ("query", "value"), "training.num_train_epochs": 5, "training.learning_rate": 1e-3}),
     ("classification-many-classes", {"kind": "classification", "classes": 21, "rows": 5000}, {"model": BERT}, "full",
      {"training.num_train_epochs": 3, "training.learning_rate": 1e-5, "training.warmup_ratio": 0.1,
       "training.weight_decay": 0.01, "dropout": 0.1}),
@@ -141,21 +144,29 @@ def test_on_a_device_the_base_has_4_or_8_bits_and_whole_weights_never_train():
     assert {"full bf16", "full fp32"} <= {one.name for one in found.rejected}
 
 
-@pytest.mark.parametrize(
-    ("rule", "task", "name"),
-    [
-        ("many-tasks", {"tasks": 2}, "multi-task"),
-        ("rich-multi-task", {"tasks": 2, "quality": "critical"}, "multi-task"),
-        ("ai-feedback", {"feedback": "judge", "expertise": "expert"}, "ai-feedback"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_what_a_rule_asks_for_and_this_version_lacks_is_rejected_by_name_and_the_next_is_taken(rule, task, name):
-    found = chosen(task, gpus=2)
+@pytest.mark.parametrize(("rule", "task"), [("many-tasks", {}), ("rich-multi-task", {"quality": "critical"})])
+def test_several_tasks_are_drawn_by_temperature_and_their_files_are_asked_for(rule, task):
+    found = chosen({"tasks": 2} | task, SMALL, gpus=2)
     assert rule in ids(found)
-    reasons = [one.reason for one in found.rejected if one.name.startswith(name)]
-    assert reasons
-    assert all("not built in this version" in reason for reason in reasons)
+    assert found.chosen.plan.data.temperature == 2
+    assert any("data.tasks" in warning for warning in found.warnings)
+    assert {"adalora bf16"} <= {one.name for one in found.rejected}, "it needs one process"
+    named = chosen({"tasks": 2}, SMALL, wishes={"data.tasks": {"a": "a.jsonl", "b": "b.jsonl"}})
+    assert not any("data.tasks" in warning for warning in named.warnings)
+
+
+def test_ai_feedback_needs_a_judge_and_makes_its_pairs_in_a_stage_of_its_own():
+    task = {"feedback": "judge"}
+    without = chosen(task)
+    assert [stage.objective for stage in without.chosen.stages] == ["sft"]
+    assert any("needs a judge" in warning for warning in without.warnings)
+    found = chosen(task, wishes={"ai_feedback.judge.base_model": "judge"})
+    assert found.chosen.rule.id == "ai-feedback"
+    assert [(stage.objective, stage.ai_feedback is not None) for stage in found.chosen.stages] == [
+        ("sft", False),
+        ("dpo", True),
+    ]
+    assert any("reads prompts" in warning for warning in found.warnings)
 
 
 def test_experts_are_for_several_domains_in_one_model_and_need_a_base_that_has_some():
@@ -230,9 +241,156 @@ def test_every_field_that_was_decided_has_a_reason():
     found = chosen({"kind": "classification", "classes": 4, "rows": 500}, BERT, wishes={"lora.r": 4})
     told = found.chosen.plan.model_dump(exclude_defaults=True)
     flat = {f"{k}.{i}" if isinstance(v, dict) else k for k, v in told.items() for i in (v if isinstance(v, dict) else [""])}
-    assert flat - {"objective", "lora.lora_alpha"} <= set(found.chosen.reasons)  # alpha follows the rank
+    assert flat <= set(found.chosen.reasons)
     assert found.chosen.reasons["lora.r"] == "as wished"
     assert "classification-small" in found.chosen.reasons["training.learning_rate"]
+
+
+def test_lora_on_few_labels_has_a_rate_that_it_learns_at_and_says_why_not_the_rules():
+    """The rule's own 2e-5 is for whole weights: benchmarks/LOG.md has 33 % of five labels at 2e-5, all at 1e-3."""
+    task = {"kind": "classification", "classes": 5, "rows": 999}
+    (rule,) = [rule for rule in rules.RULES if rule.id == "classification-small"]
+    assert rule.settings["training.learning_rate"] == 2e-5
+    assert chosen(task, BERT).chosen.plan.training.learning_rate == 1e-3
+    assert chosen(task, LLAMA).chosen.plan.training.learning_rate == 2e-4, "1e-3 was not measured on so large a base"
+
+
+def needed(task, wishes=None, limits=None, machine="rtx-4090", model=LLAMA):
+    return chosen(task, model, machine, limits=limits, wishes=wishes)
+
+
+def test_hours_cost_passes_first_then_rows_and_never_the_ends_of_rows():
+    task = {"rows": 20_000, "input_tokens": 700}
+    free = needed(task).chosen
+    hours = free.seconds / 3600
+    seen = []
+    for share in (0.5, 0.2, 0.05):
+        found = needed(task, limits=Limits(hours=share * hours))
+        plan = found.chosen.plan
+        assert found.chosen.seconds <= share * free.seconds
+        assert plan.data.max_length == 704
+        assert "limits.hours" in found.chosen.reasons["training.num_train_epochs"]
+        seen.append(plan.training.num_train_epochs)
+    assert seen == sorted(seen, reverse=True)
+    assert seen[0] >= 1 > seen[-1], "whole passes while there are some to spare"
+    cheap = needed(task, limits=Limits(money=0.5, gpu_hour=0.6)).chosen
+    assert "limits.money" in cheap.reasons["training.num_train_epochs"]
+
+
+def test_stages_share_the_hours_so_that_a_later_one_is_not_left_without():
+    free = chosen(PAIRS)
+    whole = free.chosen.seconds / 3600
+    found = chosen(PAIRS, limits=Limits(hours=0.5 * whole))
+    assert [stage.objective for stage in found.chosen.stages] == ["sft", "dpo"]
+    assert found.chosen.seconds <= 0.5 * free.chosen.seconds
+
+
+def test_rows_that_do_not_fit_are_cut_to_the_longest_multiple_of_64_that_does_and_never_lose_their_answers():
+    long = {"input_tokens": 20_000, "output_tokens": 10_000}
+    wide = LLAMA | {"max_position_embeddings": 32_768}
+    found = needed(long, model=wide)
+    length = found.chosen.plan.data.max_length
+    assert 15_000 < length < 20_000
+    assert length % 64 == 0
+    assert any("MOST ROWS LOSE THEIR END" in warning for warning in found.warnings)
+    assert "does not fit" in found.chosen.reasons["data.max_length"]
+    short = select(Task(**long | {"output_tokens": 100}), override(HOST, profile="rtx-4090"), read(wide))
+    kept = [one.plan.data.max_length for one in short.feasible]
+    assert all(length >= 19_950 for length in kept), "half of the answer stays, or nothing is chosen"
+
+
+def test_a_base_that_cannot_read_up_to_the_answers_is_refused_and_a_wished_cut_is_told_loudly():
+    task = Task(input_tokens=30_000, output_tokens=500)
+    found = select(task, override(HOST, profile="a100-80gb"), read(LLAMA))
+    assert found.chosen is None
+    assert all("would be cut off" in one.reason for one in found.rejected)
+    cut = chosen({"input_tokens": 1000}, wishes={"data.max_length": 512})
+    assert any("MOST ROWS LOSE THEIR END" in warning for warning in cut.warnings)
+    half = chosen({"input_tokens": 6000, "median_tokens": 900, "output_tokens": 300})
+    assert half.chosen.plan.data.max_length == 4096
+    assert any("one row in twenty" in warning for warning in half.warnings), "most rows keep their answers"
+
+
+def test_few_rows_are_read_until_there_are_about_sixty_steps_and_it_is_said():
+    for rows in (30, 100, 200):
+        found = chosen({"rows": rows})
+        t = found.chosen.plan.training
+        steps = rows * t.num_train_epochs / (t.batch_size * t.gradient_accumulation_steps)
+        assert 60 <= steps <= 90
+        assert any(f"{rows} rows give" in warning for warning in found.warnings)
+    assert chosen({"rows": 1000}).chosen.plan.training.num_train_epochs == 3
+    assert chosen({"rows": 30}, wishes={"training.num_train_epochs": 2}).chosen.plan.training.num_train_epochs == 2
+
+
+def test_of_two_quantised_bases_4_bits_are_taken_and_the_word_qlora_means_them():
+    found = chosen({"rows": 20_000, "output_tokens": 400}, wishes={"method": "qlora"})
+    assert [one.name for one in found.feasible] == ["qlora nf4"]
+    small = select(Task(), override(HOST, gpu_memory="12GB"), read(LLAMA))
+    assert small.chosen.name == "qlora nf4"
+
+
+def test_the_ladder_frees_bits_before_it_cuts_rows_and_every_rung_frees_something():
+    found = needed({"rows": 20_000, "input_tokens": 1400, "output_tokens": 700})
+    changes = [rung.change for rung in found.ladder]
+    bits = next(at for at, change in enumerate(changes) if change.startswith("base in"))
+    assert all(at > bits for at, change in enumerate(changes) if change.startswith(("rows", "rank")))
+    lengths = [rung.plan.data.max_length for rung in found.ladder]
+    assert min(lengths) >= 1400 - 350
+    held = [found.chosen.peak_bytes, *(rung.needs_bytes for rung in found.ladder)]
+    assert all(after < 0.99 * before for before, after in pairwise(held))
+    for rung in found.ladder:
+        if " instead of " in rung.change:
+            assert rung.change.startswith(f"{rung.plan.method} {rung.plan.precision}")
+
+
+def test_text_in_plenty_is_read_on_by_the_whole_model_however_near_it_is():
+    found = chosen({"kind": "pretraining", "shift": "pretraining", "rows": 1_000_000}, SMALL, gpus=2)
+    assert found.chosen.plan.method == "full"
+
+
+def test_rejected_numbers_say_what_they_were_reckoned_with_and_experts_why_fewer_bits_do_not_help():
+    found = needed({"rows": 20_000})
+    (full,) = [one.reason for one in found.rejected if one.name == "full bf16"]
+    assert "checkpointing" in full
+    assert "paged_adamw_8bit" in full
+    mixture = LLAMA | {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 14336}
+    large = select(Task(), override(HOST, profile="a100-80gb"), read(mixture))
+    (packed,) = [one.reason for one in large.rejected if one.name == "qlora nf4"]
+    assert "bitsandbytes leaves experts as they are" in packed
+
+
+def test_adapted_experts_are_counted_with_the_copy_of_their_weights_that_each_layer_keeps():
+    """8 experts of 3 matrices, 4096 x 1024 numbers of 2 bytes, in 32 layers; with checkpointing of one layer at a time."""
+    mixture = LLAMA | {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 1024}
+    made, machine = read(mixture), Machine.of(PROFILES["a100-80gb"])
+    content = {"method": "experts", "precision": "bf16", "training": {"mixed_precision": "bf16", "batch_size": 1}}
+    layer = 8 * 3 * 4096 * 1024 * 2
+
+    def peak(**more):
+        plan = Plan.model_validate(content | more)
+        setup = setup_of(plan, made, machine)
+        return [estimate(made, one).peak_bytes for one in (setup, replace(setup, folded_experts=False))]
+
+    folded, bare = peak()
+    assert folded - bare == pytest.approx(32 * layer, rel=0.05)
+    both = peak(training=content["training"] | {"gradient_checkpointing": True})
+    assert both[0] - both[1] <= 2 * layer
+    router, same = peak(experts={"train": "router"})
+    assert router == same
+
+
+def test_pairs_are_feedback_and_experts_of_several_tasks_may_share_one_model():
+    assert Task(preference_pairs=100).feedback == "pairs"
+    assert Task(preference_pairs=100, feedback="none").feedback == "none"
+    assert Task(kind="classification", classes=3, preference_pairs=100).feedback == "none"
+    assert Task(tasks=4, one_model=True).one_model
+
+
+def test_several_gpus_are_told_how_to_be_started_and_what_fits_one_is_not_divided():
+    found = chosen({"rows": 20_000}, gpus=2)
+    assert any("--nproc-per-node 2" in advice for advice in found.advice)
+    fit = {one.name for one in found.feasible}
+    assert not [one.name for one in found.rejected if "," in one.name and one.name.split(",")[0] in fit]
 
 
 def test_wishes_that_no_plan_can_have_are_all_told_at_once():
