@@ -10,6 +10,7 @@ What travels and is stored is whole in itself: the router dense, as ``router.lay
 
 import json
 import tempfile
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -56,7 +57,10 @@ def attach(model: "PreTrainedModel", plan: Plan) -> "PeftModel":
             softmax_temperature=settings.softmax_temperature,
             top_k_lora=min(settings.top_k_lora, len(mixed)) if settings.top_k_lora else None,
         )
-        made: PeftModel = get_peft_model(model, config)
+        with warnings.catch_warnings():
+            # On torch's meta device, where only shapes are wanted, no zero can be copied.
+            warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")
+            made: PeftModel = get_peft_model(model, config)
     _show_hidden_states(made)
     layers = [layer for layer in _router(made) if isinstance(layer, torch.nn.Linear)]
     float32.whole(layers[0])

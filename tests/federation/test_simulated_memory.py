@@ -2,6 +2,7 @@
 
 import _thread
 import json
+import signal
 import threading
 import time
 
@@ -79,6 +80,15 @@ def test_a_simulation_over_plain_wires_leaves_no_memory(nodes, tmp_path):
     assert not (tmp_path / "run" / STATE).exists()
 
 
+@pytest.fixture
+def _heeds_ctrl_c():
+    """A shell that starts a suite in the background has all that it starts ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_heeds_ctrl_c")
 def test_a_simulation_that_is_stopped_by_hand_says_how_it_goes_on(nodes, tmp_path):
     scenario = {
         "federation": json.loads(published(tmp_path / "run", count=50).model_dump_json()),
