@@ -602,7 +602,7 @@ for content, read in texts(MOST_ENTRIES // 2 - 100).values():
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the most memory that a process had")
 def test_what_is_parsed_takes_no_more_memory_than_its_entries_explain():
-    """A kilobyte for each of 32,000 entries, the worst that pydantic makes of one, is 33 MB; allowed is twice that, rounded up."""
+    """A kilobyte for each of 32,000 entries, the worst that pydantic makes of one, is 33 MB; about twice that is allowed."""
     program = MEASURED.format(folder=str(Path(__file__).parent))
     root = Path(__file__).parents[3]
     done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
