@@ -8,6 +8,7 @@ from protocol.plan import Plan
 from strategies.adapted import with_adapter
 from strategies.base_model import Base
 from strategies.data.encode import prompt_ids
+from strategies.writer import continuations
 
 
 def answer(plan: Plan, base: Base, questions: Sequence[str], adapter: Adapter | None, max_new_tokens: int) -> list[str]:
@@ -23,26 +24,10 @@ def answer(plan: Plan, base: Base, questions: Sequence[str], adapter: Adapter | 
     return greedy(*with_adapter(plan, base, adapter), questions, max_new_tokens)
 
 
-def greedy(model: Any, tokenizer: Any, questions: Sequence[str], max_new_tokens: int) -> list[str]:
-    """Greedy answers, one question at a time through the chat template."""
-    return [continued(model, tokenizer, [question], max_new_tokens)[0] for question in questions]
-
-
-def continued(model: Any, tokenizer: Any, questions: Sequence[str], max_new_tokens: int, **more: Any) -> list[str]:
-    """Greedy answers to questions in one batch, padded on the left; ``more`` goes to the model's ``generate``."""
-    import torch
-
+def greedy(
+    model: Any, tokenizer: Any, questions: Sequence[str], max_new_tokens: int, batch_size: int = 1, **each: Any
+) -> list[str]:
+    """Greedy answers to questions through the chat template; ``each`` as in ``strategies.writer.continuations``."""
     rows = [prompt_ids([{"role": "user", "content": question}], tokenizer) for question in questions]
-    longest, pad = max(map(len, rows)), tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=model.device)
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device)
-    with torch.inference_mode():
-        made = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=pad,
-            **more,
-        )
-    return [str(tokenizer.decode(row[longest:], skip_special_tokens=True)).strip() for row in made]
+    made = continuations(model, tokenizer, rows, max_new_tokens=max_new_tokens, batch_size=batch_size, **each)
+    return [str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in made]

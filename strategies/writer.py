@@ -84,6 +84,7 @@ def continuations(
     batch_size: int,
     temperature: float = 0.0,
     seed: int = 0,
+    **each: Sequence[Any],
 ) -> list[list[int]]:
     """Token ids that a model writes after each prompt, with the token that ends it; torch's own generator is left as it was.
 
@@ -95,6 +96,7 @@ def continuations(
         max_new_tokens: Longest.
         batch_size: Prompts at a time.
         seed: Of the draw.
+        each: What else the model's ``generate`` is given, an entry for each prompt.
     """
     import torch
 
@@ -115,6 +117,7 @@ def continuations(
                 eos_token_id=sorted(ends) or None,
                 pad_token_id=pad,
                 **draw,
+                **{name: [values[at] for at in places] for name, values in each.items()},
             )[:, width:].tolist()
             for at, answer in zip(places, told, strict=True):
                 made[at] = answer[: next((end + 1 for end, token in enumerate(answer) if token in ends), len(answer))]

@@ -17,7 +17,7 @@ from protocol.manifest import Manifest
 from protocol.plan import ON_THE_BASE, QUANTISED, Plan
 from strategies.adapted import attached, with_adapter
 from strategies.base_model import Base
-from strategies.generation import continued, greedy
+from strategies.generation import greedy
 from strategies.methods.frozen_base import prepared
 from strategies.methods.registry import shape
 
@@ -81,9 +81,10 @@ class Served:
         names = ["__base__" if name is None else numbers[name] for name, _ in asked]
         if self._batch is None and self._side_by_side:
             self._batch = self._together(numbers)
+        questions = [question for _, question in asked]
         if self._batch is None:
-            return greedy(self._model, self._tokenizer, [question for _, question in asked], max_new_tokens)
-        return continued(self._batch, self._tokenizer, [question for _, question in asked], max_new_tokens, adapter_names=names)
+            return greedy(self._model, self._tokenizer, questions, max_new_tokens)
+        return greedy(self._batch, self._tokenizer, questions, max_new_tokens, len(asked), adapter_names=names)
 
     def _together(self, numbers: dict[str, str]) -> Any:
         """One model of PEFT with every LoRA of those that were added."""

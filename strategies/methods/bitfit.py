@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from protocol.errors import ModelError
 from protocol.plan import Plan
 from strategies.base_model import heads
-from strategies.methods import dense_tensors, float32
+from strategies.methods import dense_tensors, float32, whole_modules
 from strategies.methods.frozen_base import prepared
 
 if TYPE_CHECKING:
@@ -38,9 +38,7 @@ def attach(model: "PreTrainedModel", plan: Plan) -> "PreTrainedModel":
         module, _, name = bias.rpartition(".")
         held = float32.one(model.get_submodule(module), name)
         names[bias] = f"{module}.{held}" if module else held
-    for root in head:
-        float32.whole(model.get_submodule(root))
-        names |= {f"{root}.{name}": f"{root}.{name}" for name, _ in model.get_submodule(root).named_parameters()}
+    names |= {name: name for name in whole_modules.beside(model, head)}
     dense_tensors.mark(model, names)
     dense_tensors.keep_only_marked(model)
     for parameter in dense(model).values():

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from protocol.plan import QUANTISED, Plan
 from strategies.base_model import heads
-from strategies.methods import dense_tensors, float32
+from strategies.methods import dense_tensors, whole_modules
 from strategies.methods.frozen_base import prepared
 from strategies.methods.layers import ends, stack
 
@@ -42,10 +42,7 @@ def attach(model: "PreTrainedModel", plan: Plan) -> "PreTrainedModel":
         attention, mlp = ends(model, layer)
         for place in (attention, mlp) if plan.bottleneck.placement == "houlsby" else (mlp,):
             names += [f"{place}.{_NAME}.{name}" for name in _insert(model.get_submodule(place), model, plan, drawn)]
-    for root in heads(model, plan.objective):
-        head = model.get_submodule(root)
-        float32.whole(head)
-        names += [f"{root}.{name}" for name, _ in head.named_parameters()]
+    names += whole_modules.beside(model, heads(model, plan.objective))
     dense_tensors.mark(model, {name: name for name in names})
     dense_tensors.keep_only_marked(model)
     for parameter in dense(model).values():

@@ -148,13 +148,7 @@ def _routers(model: "PreTrainedModel", packed: list[str]) -> list[str]:
 
 def _whole_alone(model: "PreTrainedModel", modules: list[str]) -> "PreTrainedModel":
     """Routers and a head without factors: nothing for PEFT to do."""
-    names = []
-    for module in modules:
-        part = model.get_submodule(module)
-        float32.whole(part)
-        part.requires_grad_(True)
-        names += [f"{module}.{name}" for name, _ in part.named_parameters()]
-    dense_tensors.mark(model, {name: name for name in names})
+    dense_tensors.mark(model, {name: name for name in whole_modules.beside(model, modules)})
     dense_tensors.keep_only_marked(model)
     return model
 

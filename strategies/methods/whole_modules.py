@@ -8,6 +8,7 @@ from strategies.methods import float32
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
 _KEPT = "modules_to_save.default"
 
@@ -26,6 +27,17 @@ def tensors(model: "PeftModel") -> dict[str, Any]:
 def inside(modules: Sequence[str]) -> str | None:
     """A regular expression for modules and all within them: what trains whole needs no adapter."""
     return rf"({'|'.join(re.escape(module) for module in modules)})(\..*)?" if modules else None
+
+
+def beside(model: "PreTrainedModel", modules: Sequence[str]) -> list[str]:
+    """Holds modules of a base without PEFT's wrapping in float32 and lets them train; returns the names of their parameters."""
+    names = []
+    for module in modules:
+        part = model.get_submodule(module)
+        float32.whole(part)
+        part.requires_grad_(True)
+        names += [f"{module}.{name}" for name, _ in part.named_parameters()]
+    return names
 
 
 def keep_in_fp32(model: "PeftModel", head: Sequence[str]) -> None:

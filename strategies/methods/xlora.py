@@ -111,7 +111,7 @@ def modules(model: "PeftModel") -> dict[str, tuple[int, int]]:
 
 
 def experts(plan: Plan) -> list[Adapter]:
-    """The adapters of the plan's folders, with scalings of 1; a folder that holds a mixture gives all that it mixes.
+    """The adapters of the plan's folders; a folder that holds a mixture gives all that it mixes.
 
     Raises:
         AdapterError: A folder cannot be read, or holds more than low-rank changes of layers.
@@ -128,7 +128,7 @@ def experts(plan: Plan) -> list[Adapter]:
             found.append(stored.adapter)
     if len(found) < 2:
         raise AdapterError(f"xlora.adapters: found {len(found)}; a mixture needs at least 2 adapters")
-    return [Adapter({module: _unscaled(pair) for module, pair in expert.factors.items()}) for expert in found]
+    return found
 
 
 def _show_hidden_states(model: "PeftModel") -> None:
@@ -151,10 +151,6 @@ def _apart(mixture: Adapter) -> list[Adapter]:
         number, _, module = name.partition(".")
         by_number.setdefault(number, {})[module] = pair
     return [Adapter(by_number[number]) for number in sorted(by_number, key=lambda number: (len(number), number))]
-
-
-def _unscaled(pair: Factors) -> Factors:
-    return Factors(np.array(pair.A, np.float32), np.array(pair.scaling * pair.B, np.float32))
 
 
 def _blank(expert: Adapter, folder: Path, model: "PreTrainedModel", plan: Plan) -> str:
