@@ -40,7 +40,7 @@ def attach(model: "PreTrainedModel", plan: Plan) -> "PreTrainedModel":
         names[bias] = f"{module}.{held}" if module else held
     names |= {name: name for name in whole_modules.beside(model, head)}
     dense_tensors.mark(model, names)
-    dense_tensors.keep_only_marked(model)
+    dense_tensors.ready_for_trainer(model)
     for parameter in dense(model).values():
         parameter.requires_grad_(True)
     return model

@@ -11,7 +11,7 @@ They travel dense: beside the linear layer ``L`` that ends a sub-layer, ``L.bott
 
 from typing import TYPE_CHECKING, Any
 
-from protocol.plan import QUANTISED, Plan
+from protocol.plan import Plan
 from strategies.base_model import heads
 from strategies.methods import dense_tensors, whole_modules
 from strategies.methods.frozen_base import prepared
@@ -44,12 +44,9 @@ def attach(model: "PreTrainedModel", plan: Plan) -> "PreTrainedModel":
             names += [f"{place}.{_NAME}.{name}" for name in _insert(model.get_submodule(place), model, plan, drawn)]
     names += whole_modules.beside(model, heads(model, plan.objective))
     dense_tensors.mark(model, {name: name for name in names})
-    dense_tensors.keep_only_marked(model)
+    dense_tensors.ready_for_trainer(model)
     for parameter in dense(model).values():
         parameter.requires_grad_(True)
-    if plan.precision in QUANTISED:
-        # The trainer asks a quantised model whether PEFT has attached something to it that can train.
-        model.is_quantized = False
     return model
 
 

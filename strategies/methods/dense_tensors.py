@@ -16,9 +16,11 @@ def mark(model: Any, names: Mapping[str, str]) -> None:
     setattr(model, _MARK, dict(names))
 
 
-def keep_only_marked(model: Any) -> None:
-    """Leaves the frozen base out of the checkpoints that a trainer writes of a model of transformers."""
+def ready_for_trainer(model: Any) -> None:
+    """Lets a trainer train what was marked beside a frozen base without PEFT, and leave that base out of its checkpoints."""
     model._keys_to_ignore_on_save = model.state_dict().keys() - set(getattr(model, _MARK).values())  # noqa: SLF001
+    # A trainer asks a quantised model whether PEFT has attached something to it that can train.
+    model.is_quantized = False
 
 
 def marked(model: Any) -> dict[str, Any]:

@@ -149,7 +149,7 @@ def _routers(model: "PreTrainedModel", packed: list[str]) -> list[str]:
 def _whole_alone(model: "PreTrainedModel", modules: list[str]) -> "PreTrainedModel":
     """Routers and a head without factors: nothing for PEFT to do."""
     dense_tensors.mark(model, {name: name for name in whole_modules.beside(model, modules)})
-    dense_tensors.keep_only_marked(model)
+    dense_tensors.ready_for_trainer(model)
     return model
 
 

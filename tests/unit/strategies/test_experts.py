@@ -128,6 +128,14 @@ def test_merged_experts_answer_in_plain_transformers_as_base_and_adapter_do(base
     torch.testing.assert_close(logits(plain), logits(with_adapter(plan, base, adapter)[0]), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("train", ["both", "router"])
+def test_experts_and_routers_train_beside_a_base_in_four_bits(bases, train):
+    plan = plan_of(bases["mixtral"], train, "nf4", training={"max_steps": 1, "learning_rate": 0.01})
+    begun = {name: tensor.detach().numpy().copy() for name, tensor in experts.dense(attached(plan)).items()}
+    trained = fit(plan, find(plan.base_model), ROWS).adapter
+    assert all(not np.array_equal(begun[name], tensor) for name, tensor in trained.dense.items())
+
+
 def test_a_base_without_experts_is_refused_and_so_are_foreign_adapters(bases):
     with pytest.raises(ModelError, match="no experts; choose method lora"):
         shape(find(bases["llama"]), plan_of(bases["llama"]))
