@@ -6,12 +6,15 @@
     │   ├── DataError              a data file or a row of it
     │   ├── ModelError             a base model that is missing or cannot do what was asked
     │   ├── HardwareError          a plan that does not fit this machine
-    │   └── DivergenceError        a training whose loss left all bounds, twice
+    │   ├── DivergenceError        a training whose loss left all bounds, twice
+    │   └── BundleError            files that are not a valid bundle
+    │       └── SignatureError     a key or a signature that does not hold
     ├── AdapterError               bytes, tensors or files that are not a valid adapter
     │   └── BaseMismatchError      a valid adapter, but of another base model
     ├── MessageError               a Flower message that does not follow the protocol
     │   └── StartMissingError      a message that counts on an adapter which this node no longer holds
     ├── EndpointError              an endpoint that gave no usable answer
+    ├── SecureSumError             a secure sum that cannot go on, and reveals nothing
     └── FederationError            a round or a federation that cannot go on
 
 Messages never quote the content of a row: paths, line numbers, field names, shapes and counts only.
@@ -80,6 +83,18 @@ class DivergenceError(UserError):
     code = "diverged"
 
 
+class BundleError(UserError):
+    """Files that are not a valid bundle, or not the one that was signed."""
+
+    code = "bundle"
+
+
+class SignatureError(BundleError):
+    """A key that is none, or a signature that no trusted key has made over these bytes."""
+
+    code = "signature"
+
+
 class AdapterError(FedgeError):
     """Bytes, tensors or files that are not a valid adapter."""
 
@@ -117,3 +132,9 @@ class FederationError(FedgeError):
     """A round or a federation that cannot go on."""
 
     code = "federation"
+
+
+class SecureSumError(FedgeError):
+    """A secure sum that cannot go on: too few, not whom they say, or other than agreed. Nothing is revealed."""
+
+    code = "secure-sum"

@@ -1,0 +1,1 @@
+"""Secure sum: the coordinator learns the sum of what nodes send and nothing else."""
