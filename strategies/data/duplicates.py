@@ -160,8 +160,11 @@ def _numbers(text: str) -> str:
 
 
 def _sequences(text: str) -> _Numbers:
-    """A number for each distinct sequence of characters; one for the whole of a shorter text."""
-    text = _IDEOGRAPH.sub(r"\g<0>\g<0>", text)
+    """A number for each distinct sequence of characters; one for the whole of a shorter text.
+
+    A space stands before and after, so that the first and the last word end as those between them do.
+    """
+    text = " " + _IDEOGRAPH.sub(r"\g<0>\g<0>", text) + " "
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4").astype(np.uint64)
     if len(codes) < _SEQUENCE:
         codes = np.pad(codes, (0, _SEQUENCE - len(codes)))
