@@ -57,6 +57,7 @@ def test_the_script_that_made_the_embedded_model_runs_and_repeats_itself(tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_demo_is_as_good_as_it_says(tmp_path):
     """Issue: at least 15 points better than local-only adapters on average, within 5 points of centralised."""
     command = [str(Path(sys.executable).parent / "fedge"), "demo", "--json", "--output", str(tmp_path / "demo")]
