@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+import edge.commands
 import server.commands
 import simulations.commands
 import strategies.adapter_commands
@@ -36,7 +37,10 @@ strategies.evaluation_commands.mount(app)
 strategies.label_commands.mount(app)
 strategies.planning_commands.mount(app)
 strategies.probing_commands.mount(app)
+edge.commands.mount(app)
 server.commands.mount(app)
+# Verbs that do with less than fedge[client].
+_EXTRAS = {"coordinator": "coordinator", "registry": "coordinator", "edge": "export"}
 
 
 @app.callback()
@@ -70,11 +74,25 @@ def main() -> None:
             raise
         typer.echo(f"error: {error}", err=True)
         sys.exit(2 if isinstance(error, UserError | AdapterError) else 1)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if debug or missing in sys.modules:
+            raise
+        typer.echo(f"error: this needs {missing}, which is not installed; pip install 'fedge[{_extra(missing)}]'", err=True)
+        sys.exit(2)
     except (OSError, MemoryError) as error:
         if debug:
             raise
         typer.echo(f"error: {type(error).__name__}: {error} (--debug shows where)", err=True)
         sys.exit(1)
+
+
+def _extra(missing: str) -> str:
+    """The extra of pyproject.toml that brings what a verb has not found."""
+    if missing in ("onnxruntime", "tokenizers"):
+        return "edge"
+    verb = next((argument for argument in sys.argv[1:] if not argument.startswith("-")), "")
+    return _EXTRAS.get(verb, "client")
 
 
 def _worth_saying(record: logging.LogRecord) -> bool:

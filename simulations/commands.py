@@ -10,6 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from server.ledger import RoundRecord
+    from simulations.demo_edge import OnDevice
     from simulations.federation import Comparison
 
 Json = Annotated[bool, typer.Option("--json", help="Ends with one JSON line instead of tables.")]
@@ -27,6 +28,9 @@ def demo(
         "runs/demo"
     ),
     data_only: Annotated[bool, typer.Option("--data-only", help="Write the data and its YAML files, train nothing.")] = False,
+    edge: Annotated[
+        bool, typer.Option("--edge", help="Then makes a signed 8-bit bundle of it, and answers from that without PyTorch.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Four institutions fine-tune one model together: no download, no GPU, a few minutes."""
@@ -38,11 +42,19 @@ def demo(
         return
     with _told_how_to_go_on():
         comparison = run(scenario, watch=_tell, say=_say)
-    if as_json:
-        typer.echo(json.dumps(_figures(comparison)))
-    else:
+    told: dict[str, Any] = _figures(comparison)
+    if not as_json:
         _show(comparison)
         typer.echo(f"global adapter: {output / 'adapter'}")
+    if edge:
+        from simulations.demo_edge import answer_on_device
+
+        device = answer_on_device(output, _say)
+        told["edge"] = _figures_on_device(comparison, device)
+        if not as_json:
+            _show_device(comparison, device)
+    if as_json:
+        typer.echo(json.dumps(told))
 
 
 def simulate(
@@ -172,6 +184,26 @@ def _figures(comparison: "Comparison") -> dict[str, Any]:
         for name, selection in comparison.selections.items()
     }
     return {"institutions": institutions, "mean": means, "plans": plans}
+
+
+def _figures_on_device(comparison: "Comparison", device: "OnDevice") -> dict[str, Any]:
+    accuracy = {
+        name: {"pytorch": round(comparison.federated[name], 4), "bundle": round(share, 4)}
+        for name, share in device.accuracy.items()
+    }
+    return {"bundle": str(device.bundle), "size_bytes": device.size_bytes, "accuracy": accuracy}
+
+
+def _show_device(comparison: "Comparison", device: "OnDevice") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("institution", "PyTorch", "8-bit bundle", "a question", "the bundle's answer")
+    table.title = "the global adapter on a device without PyTorch"
+    for name, share in device.accuracy.items():
+        table.add_row(name, f"{comparison.federated[name]:.0%}", f"{share:.0%}", *device.example[name])
+    Console().print(table)
+    typer.echo(f"bundle of {device.size_bytes / 1e6:.1f} MB: {device.bundle} (its public key: {device.bundle}-key.pub)")
 
 
 def _show(comparison: "Comparison") -> None:

@@ -78,7 +78,7 @@ def merge(base: Base, stored: Stored, target: Path, *, plan: Plan | None = None,
         raise AdapterError(f"{stored.folder}: method {method} cannot be merged: {_REFUSED[method]}; keep it beside its base")
     if target.exists():
         raise AdapterError(f"{target}: is there already; name a new folder")
-    use = stored.on(_task(base, stored, plan))
+    use = stored.on(task(base, stored, plan))
     model, tokenizer = load(base, use)
     kept = dtype or _published(base)
     model = _plain(_with(model, use, stored))
@@ -90,8 +90,17 @@ def merge(base: Base, stored: Stored, target: Path, *, plan: Plan | None = None,
     return Merged(target, base.digest, stored.adapter.digest(), method, kept, rounding, tuple(_remarks(stored, method)))
 
 
-def _task(base: Base, stored: Stored, plan: Plan | None) -> Plan:
-    """A float32 plan of the adapter's task."""
+def task(base: Base, stored: Stored, plan: Plan | None) -> Plan:
+    """A float32 plan of an adapter's task.
+
+    Args:
+        base: The one that the adapter was trained on.
+        stored: The adapter.
+        plan: That trained it: gives a classifier's labels. Without it they are LABEL_0, LABEL_1 …
+
+    Raises:
+        AdapterError: It scores and holds no head.
+    """
     if plan:
         told = plan.model_dump(include={"objective", "data"})
     elif stored.task_type != "SEQ_CLS":

@@ -1,4 +1,4 @@
-"""The arrows between folders, and what each role must never need: a coordinator no torch, ``--help`` nothing heavy."""
+"""The arrows between folders, and what each role must never need: a coordinator no torch, a device neither torch nor Flower."""
 
 import ast
 import os
@@ -52,11 +52,28 @@ def test_help_imports_nothing_heavy():
     assert out.splitlines()[-1] == "LOADED []"
 
 
-@pytest.mark.parametrize("verb", ["demo", "simulate", "train", "evaluate", "generate", "merge", "extract", "combine"])
+VERBS = ("demo", "simulate", "train", "evaluate", "generate", "merge", "extract", "combine")
+EDGE = (
+    "export",
+    "quantize",
+    "add",
+    "hand-over",
+    "verify",
+    "inspect",
+    "diff",
+    "update make",
+    "update apply",
+    "run",
+    "latency",
+    "keygen",
+)
+
+
+@pytest.mark.parametrize("verb", [*VERBS, *(f"edge {verb}" for verb in EDGE)])
 def test_help_of_a_verb_imports_nothing_heavy_and_shows_json(verb, capsys):
     code = (
         "import sys, fedge\n"
-        f"sys.argv = ['fedge', {verb!r}, '--help']\n"
+        f"sys.argv = ['fedge', *{verb.split()!r}, '--help']\n"
         "try:\n    fedge.main()\n"
         "except SystemExit as ended:\n    assert not ended.code\n"
         f"print('LOADED', [name for name in {HEAVY!r} if name in sys.modules and name != 'numpy'])\n"
@@ -80,21 +97,79 @@ def test_every_folder_with_modules_is_a_package():
     assert [str(folder) for folder in folders if not (folder / "__init__.py").exists()] == []
 
 
-def test_server_and_protocol_import_where_there_is_no_torch():
-    names = modules("protocol", "server")
-    assert "server.app" in names
-    code = (
+def without(*absent):
+    """Code after which these cannot be imported, nor what lies in them."""
+    return (
         "import importlib, sys\n"
         "class Absent:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        f"        if name.partition('.')[0] in {FORBIDDEN!r}:\n"
+        f"        if any(f'{{name}}.'.startswith(f'{{gone}}.') for gone in {absent!r}):\n"
         "            raise ModuleNotFoundError(f'{name} is not installed here', name=name)\n"
         "sys.meta_path.insert(0, Absent())\n"
+    )
+
+
+def test_server_and_protocol_import_where_there_is_no_torch():
+    names = modules("protocol", "server")
+    assert "server.app" in names
+    code = without(*FORBIDDEN) + (
         f"for name in {names!r}:\n    importlib.import_module(name)\n"
         "try:\n    import torch\n"
         "except ModuleNotFoundError:\n    print('HELD')\n"
     )
     assert python(code).stdout.splitlines()[-1] == "HELD"
+
+
+def test_what_runs_a_bundle_imports_where_there_is_nothing_of_what_makes_one():
+    """The rest of edge counts as well, which no contract of import-linter says of a folder inside it."""
+    names = [name for name in modules("edge") if name.startswith("edge.runtime.")]
+    making = [name for name in modules("edge") if name not in names]
+    assert {"edge.runtime.server", "edge.runtime.model"} <= {*names}
+    assert {"edge.make", "edge.export"} <= {*making}
+    absent = {
+        *FORBIDDEN,
+        *making,
+        "onnx",
+        "onnx_ir",
+        "onnxscript",
+        "flwr",
+        "fsspec",
+        "strategies",
+        "server",
+        "client",
+        "simulations",
+    }
+    code = without(*sorted(absent - {"onnxruntime"})) + (
+        f"for name in {names!r}:\n    importlib.import_module(name)\n"
+        "try:\n    import edge.make\n"
+        "except ModuleNotFoundError:\n    print('HELD')\n"
+    )
+    assert python(code).stdout.splitlines()[-1] == "HELD"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "extra"),
+    [
+        (["--help"], None),
+        (["--version"], None),
+        (["edge", "serve", "--help"], None),
+        (["train", "job.yaml"], "client"),
+        (["registry", "list", "."], "coordinator"),
+        (["edge", "export", "tiny", "new", "--key", "key"], "export"),
+        (["edge", "run", "bundle", "?", "--key", "key.pub"], "edge"),
+    ],
+)
+def test_a_verb_says_which_extra_it_lacks_and_the_others_do_without(arguments, extra, tmp_path):
+    """Flower, torch, fsspec and onnxruntime are away: what ``pip install fedge`` alone brings."""
+    (tmp_path / "job.yaml").write_text("base_model: tiny\ndata: {train: rows.jsonl}\noutput: runs/job\n")
+    (tmp_path / "rows.jsonl").write_text('{"input_text": "a", "target_text": "b"}\n' * 10)
+    absent = [name for name in HEAVY if name != "numpy"]
+    code = without(*absent, "fsspec", "httpx", "onnx", "onnx_ir", "tokenizers", "tensorboardX") + (
+        f"import fedge\nsys.argv = ['fedge', *{arguments!r}]\nfedge.main()\n"
+    )
+    done = python(code, check=False, cwd=tmp_path)
+    assert done.returncode == (2 if extra else 0), done.stderr
+    assert extra is None or f"pip install 'fedge[{extra}]'" in done.stderr
 
 
 def test_protocol_but_for_its_records_imports_where_there_is_no_flower():
@@ -128,7 +203,7 @@ def test_the_names_that_flower_starts_are_there():
 def test_a_coordinators_environment_holds_no_torch_and_imports_the_server(tmp_path):
     venv.create(tmp_path / "venv", with_pip=True)
     executable = str(tmp_path / "venv" / "bin" / "python")
-    pip = [executable, "-m", "pip", "install", "--quiet", "--constraint", str(ROOT / "constraints.txt"), str(ROOT)]
+    pip = [executable, "-m", "pip", "install", "--quiet", "--constraint", str(ROOT / "constraints.txt"), f"{ROOT}[coordinator]"]
     done = subprocess.run(pip, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     names = modules("protocol", "server")
