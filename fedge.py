@@ -9,6 +9,7 @@ import typer
 
 import edge.commands
 import server.commands
+import server.privacy_commands
 import simulations.commands
 import strategies.adapter_commands
 import strategies.commands
@@ -39,6 +40,7 @@ strategies.planning_commands.mount(app)
 strategies.probing_commands.mount(app)
 edge.commands.mount(app)
 server.commands.mount(app)
+server.privacy_commands.mount(server.commands.coordinator)
 # Verbs that do with less than fedge[client].
 _EXTRAS = {"coordinator": "coordinator", "registry": "coordinator", "edge": "export"}
 

@@ -7,6 +7,7 @@
     │   ├── ModelError             a base model that is missing or cannot do what was asked
     │   ├── HardwareError          a plan that does not fit this machine
     │   ├── DivergenceError        a training whose loss left all bounds, twice
+    │   ├── PrivacyError           a promise of privacy that cannot be kept, or a budget that is spent
     │   └── BundleError            files that are not a valid bundle
     │       └── SignatureError     a key or a signature that does not hold
     ├── AdapterError               bytes, tensors or files that are not a valid adapter
@@ -81,6 +82,12 @@ class DivergenceError(UserError):
     """A training whose loss became NaN or exploded, with half the learning rate too."""
 
     code = "diverged"
+
+
+class PrivacyError(UserError):
+    """A promise of differential privacy that cannot be kept: numbers that make none, or a budget that is spent."""
+
+    code = "privacy"
 
 
 class BundleError(UserError):

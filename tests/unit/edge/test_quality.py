@@ -89,3 +89,12 @@ def part(source: Path, target: Path, first: int, last: int) -> Path:
     with source.open(encoding="utf-8") as lines:
         target.write_text("".join(islice(lines, first, last)), encoding="utf-8")
     return target
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_an_embedder_in_8_bits_points_the_same_way(encoder, tmp_path):
+    """The least cosine over texts of several languages and kinds."""
+    manifest = verified(make_bundle(Request(encoder, tmp_path / "q8", KEY)), [KEY.public_key()])
+    assert manifest.kind == "embedder"
+    assert manifest.parity["base"].cosine > 0.999

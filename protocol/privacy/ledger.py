@@ -1,0 +1,208 @@
+"""The privacy ledger: what was spent, on disk before anything is released.
+
+``privacy.jsonl`` holds a line for each release, written and synchronised before the release is made. A coordinator that dies
+between the two has spent without releasing, and counts it all the same; with noise drawn anew the same round, tried again, is
+another release and another line. So the lines are never fewer than the releases, whenever it dies.
+
+Each line ends in the SHA-256 of the line before and of its own content: none can be changed, left out or put elsewhere without
+the ledger being refused. A last line that was cut off by a crash is a release that was not made; it is counted nevertheless,
+for a disk that lost the end of a line looks the same. Lines that were cut off whole are missed by whoever knows how many
+releases there are, and ``begin`` asks.
+
+One process writes a ledger, the one that holds the federation's folder.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from protocol.errors import PrivacyError, shown
+from protocol.privacy.accounting import Budget, Mechanism, Rounds, counted, epsilon
+
+FILE = "privacy.jsonl"
+_BEGINNING = "0" * 64
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One release.
+
+    Attributes:
+        number: From 1, without gaps.
+        round: Which it was meant for.
+        mechanism: What it costs.
+        damaged: The line was cut off, and counts as the dearest of what came before and was to come.
+    """
+
+    number: int
+    round: int
+    mechanism: Mechanism
+    damaged: bool = False
+
+
+_ENTRY = TypeAdapter(Entry)
+
+
+class PrivacyLedger:
+    """What a federation has spent, and whether it may go on.
+
+    Args:
+        path: Created with the first entry, readable by its owner only.
+        budget: That all entries together must stay within.
+
+    Raises:
+        PrivacyError: What is there is no ledger, or one that somebody changed.
+        OSError: It cannot be read.
+    """
+
+    def __init__(self, path: Path, budget: Budget) -> None:
+        self.path = path
+        self.budget = budget
+        self._entries, self._last, self._whole_bytes, self._cut_off = _read(path)
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """Every release that was made, or may have been."""
+        return tuple(self._entries)
+
+    def spent(self) -> dict[Mechanism, int]:
+        """How often each kind of round is counted."""
+        return counted(entry.mechanism for entry in self._entries)
+
+    def epsilon(self) -> float:
+        """What is spent, at the budget's delta."""
+        return epsilon(self.spent(), self.budget.delta)
+
+    def begin(self, plan: Rounds, released: int = 0) -> float:
+        """Asks whether a plan can end within the budget; to be called before its first round, and after every restart.
+
+        Args:
+            plan: The rounds that are still to come.
+            released: Releases that are known to have been made (rounds that are kept).
+
+        Returns:
+            Epsilon after the plan's last round.
+
+        Raises:
+            PrivacyError: It cannot, or releases are missing.
+            OSError: The disk does not take the entry in place of one that was cut off.
+        """
+        if len(self._entries) + self._cut_off < released:
+            raise PrivacyError(
+                f"{self.path}: holds {len(self._entries)} releases, and {released} are known to have been made; put the whole "
+                "ledger back, for what is missing cannot be counted"
+            )
+        if self._cut_off:
+            known = {**plan, **self.spent()}
+            if not known:
+                raise PrivacyError(
+                    f"{self.path}: all that it holds is cut off; say which rounds are to come, it counts as one of them"
+                )
+            dearest = max(known, key=lambda mechanism: epsilon({mechanism: 1}, self.budget.delta))
+            self._append(Entry(len(self._entries) + 1, 0, dearest, damaged=True))
+        total = self._after(plan)
+        if total > self.budget.epsilon:
+            already = f" after {self.epsilon():.4g} that are spent" if self._entries else ""
+            raise PrivacyError(
+                f"privacy: {sum(plan.values())} rounds would end at an epsilon of {total:.4g}{already}, the budget is "
+                f"{self.budget.epsilon:g} at a delta of {self.budget.delta:g}; take more noise or fewer rounds (fedge "
+                "coordinator budget says which), nothing is sent"
+            )
+        return total
+
+    def affords(self, mechanism: Mechanism) -> bool:
+        """Whether one more such round stays within the budget."""
+        return not self._cut_off and self._after({mechanism: 1}) <= self.budget.epsilon
+
+    def spend(self, mechanism: Mechanism, number: int) -> None:
+        """Writes that a round is released. Only when this has returned may it be.
+
+        Args:
+            mechanism: What the release costs.
+            number: The round's.
+
+        Raises:
+            PrivacyError: The budget does not allow it, or ``begin`` was not asked after a crash; nothing is written.
+            OSError: The disk does not take it; the entry may be there or not, and nothing may be released.
+        """
+        if not self.affords(mechanism):
+            raise PrivacyError(
+                f"privacy: round {number} would bring epsilon from {self.epsilon():.4g} to {self._after({mechanism: 1}):.4g}, "
+                f"the budget is {self.budget.epsilon:g} at a delta of {self.budget.delta:g}; the run ends here"
+                if not self._cut_off
+                else f"{self.path}: its last line is cut off; begin anew, which counts it"
+            )
+        self._append(Entry(len(self._entries) + 1, number, mechanism))
+
+    def _after(self, plan: Rounds) -> float:
+        together = self.spent()
+        for mechanism, count in plan.items():
+            together[mechanism] = together.get(mechanism, 0) + count
+        return epsilon(together, self.budget.delta)
+
+    def _append(self, entry: Entry) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        line, digest = _line(entry, self._last)
+        handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            # Until the new line is whole, the ledger is one whose last line is cut off; that is counted, too.
+            self._cut_off = True
+            written = 0
+            while written < len(line):
+                written += os.pwrite(handle, line[written:], self._whole_bytes + written)
+            os.ftruncate(handle, self._whole_bytes + len(line))
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        if not self._entries:
+            _synchronise(self.path.parent)
+        self._entries.append(entry)
+        self._last, self._whole_bytes, self._cut_off = digest, self._whole_bytes + len(line), False
+
+
+def _line(entry: Entry, before: str) -> tuple[bytes, str]:
+    told = json.dumps(asdict(entry), sort_keys=True)
+    digest = hashlib.sha256(f"{before}{told}".encode()).hexdigest()
+    return f'{told[:-1]}, "digest": "{digest}"}}\n'.encode(), digest
+
+
+def _read(path: Path) -> tuple[list[Entry], str, int, bool]:
+    """The entries, the last one's digest, how many bytes they take and whether something follows that is no whole line."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return [], _BEGINNING, 0, False
+    whole = content.rfind(b"\n") + 1
+    entries: list[Entry] = []
+    last = _BEGINNING
+    for number, line in enumerate(content[:whole].splitlines(keepends=True), 1):
+        entry = _entry(line)
+        if entry is None or entry.number != number or _line(entry, last)[0] != line:
+            raise PrivacyError(
+                f"{shown(str(path))}: line {number} is not what was written; expected {number - 1} lines and then one more "
+                "that follows from them; put the ledger back from a copy, for what was spent cannot be told"
+            )
+        last = _line(entry, last)[1]
+        entries.append(entry)
+    return entries, last, whole, whole < len(content)
+
+
+def _entry(line: bytes) -> Entry | None:
+    try:
+        told = json.loads(line)
+        return _ENTRY.validate_python({key: value for key, value in told.items() if key != "digest"})
+    except (ValueError, AttributeError, RecursionError, ValidationError, PrivacyError):
+        return None
+
+
+def _synchronise(folder: Path) -> None:
+    """A new file's name is in its folder, which has a disk block of its own."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,168 @@
+"""The verb ``fedge coordinator budget``: what private rounds cost before they run, and which noise reaches an epsilon."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from protocol.privacy.accounting import Mechanism, Rounds
+
+
+class Sampling(StrEnum):
+    """``protocol.privacy.accounting.Sampling``, for the command line."""
+
+    all = "all"
+    poisson = "poisson"
+    fixed = "fixed"
+
+
+def mount(coordinator: typer.Typer) -> None:
+    """Adds the verb to those of the coordinator."""
+    coordinator.command()(budget)
+
+
+def budget(
+    federation: Annotated[
+        Path | None, typer.Argument(help="Its YAML file: rounds, cohort, how many sums a round has, who adds the noise.")
+    ] = None,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="Institutions that may be drawn; else the cohort, or minimum_nodes.")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, max=1_000_000, help="Rounds; else the federation's.")] = None,
+    cohort: Annotated[int | None, typer.Option(min=1, help="Institutions a round; else the federation's, or all.")] = None,
+    sampling: Annotated[
+        Sampling,
+        typer.Option(help="How a cohort is drawn that stays secret; all: whoever reads the result may know who took part."),
+    ] = Sampling.all,
+    releases: Annotated[
+        int | None,
+        typer.Option(min=1, max=15, help="Noised sums a round: 2 through a sketch, 1 of tensors; else the federation's."),
+    ] = None,
+    bit_noise: Annotated[
+        float | None,
+        typer.Option(help="Noise on the bits of an adaptive clipping norm, in nodes; a twentieth of the cohort is usual."),
+    ] = None,
+    noise_multiplier: Annotated[
+        float | None, typer.Option(help="Noise of each sum over the clipping norm; without it the one that reaches --epsilon.")
+    ] = None,
+    epsilon: Annotated[float | None, typer.Option(help="The budget.")] = None,
+    delta: Annotated[float, typer.Option(help="Below one institution's share.")] = 1e-5,
+    nodes_noise: Annotated[
+        bool | None, typer.Option("--nodes-noise/--own-noise", help="Nodes noise their updates, or the coordinator the sum.")
+    ] = None,
+    ledger: Annotated[Path | None, typer.Option(help="A privacy.jsonl: what was spent already counts.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON line instead of tables.")] = False,
+) -> None:
+    """What a plan of private rounds will cost, and which noise reaches an epsilon. Nothing is sent or written."""
+    from protocol.errors import ConfigurationError
+    from protocol.privacy.accounting import Budget, Mechanism, affordable
+    from protocol.privacy.accounting import noise_multiplier as least
+
+    said = _said(federation)
+    rounds, cohort = rounds or said.get("rounds"), cohort or said.get("cohort")
+    people = nodes or cohort or said.get("nodes")
+    problems = []
+    if rounds is None:
+        problems.append("--rounds: missing; say how many, or name a federation's file")
+    if people is None:
+        problems.append("--nodes: missing; say of how many institutions a round may hear")
+    if noise_multiplier is None and epsilon is None:
+        problems.append("--noise-multiplier and --epsilon: both missing; name the noise, or the budget that it is to reach")
+    if problems or rounds is None or people is None:
+        raise ConfigurationError("command line", problems)
+    number, everybody = rounds, people
+    own = nodes_noise if nodes_noise is not None else bool(said.get("secure"))
+    others = () if bit_noise is None else (2 * bit_noise,)
+    sums = releases or said.get("releases", 1)
+
+    def mechanism(z: float) -> Mechanism:
+        return Mechanism(
+            (*(z,) * sums, *others),
+            nodes=everybody,
+            cohort=everybody if sampling is Sampling.all else cohort or everybody,
+            sampling=sampling.value,
+            noise="discrete" if own else "gaussian",
+        )
+
+    spent = _spent(ledger, epsilon, delta)
+    z = noise_multiplier
+    if z is None:
+        z = least(lambda each: _together(spent, mechanism(each), number), Budget(epsilon or 0, delta))
+    told = _cost(mechanism(z), number, spent, delta) | {"noise_multiplier": z}
+    if epsilon is not None:
+        told |= {"budget": epsilon, "fits": told["epsilon"] <= epsilon, "rounds_affordable": number}
+        if noise_multiplier is not None:  # else it was made for this number
+            told["rounds_affordable"] = affordable(mechanism(z), Budget(epsilon, delta), spent)
+    if as_json:
+        typer.echo(json.dumps(told))
+    else:
+        typer.echo("\n".join(_lines(told)))
+
+
+def _said(file: Path | None) -> dict[str, Any]:
+    """What a federation's file says of its rounds."""
+    if file is None:
+        return {}
+    from protocol.configuration import load
+    from protocol.federation import Federation
+    from protocol.privacy_settings import SUMMED
+
+    found = load(file, Federation)
+    return {
+        "rounds": max(len(plans) for plans in found.schedules().values()),
+        "cohort": found.rounds.cohort,
+        "nodes": found.rounds.minimum_nodes,
+        "releases": 2 if SUMMED.get(found.aggregation.rule) == "products" else 1,
+        "secure": found.secure_sum.enabled,
+    }
+
+
+def _spent(ledger: Path | None, epsilon: float | None, delta: float) -> "Rounds":
+    if ledger is None:
+        return {}
+    from protocol.errors import DataError
+    from protocol.privacy.accounting import Budget
+    from protocol.privacy.ledger import PrivacyLedger
+
+    if not ledger.is_file():
+        raise DataError(f"--ledger {ledger}: no such file; leave it out where nothing was spent yet")
+    return PrivacyLedger(ledger, Budget(epsilon or 1.0, delta)).spent()
+
+
+def _together(spent: "Rounds", mechanism: "Mechanism", count: int) -> "Rounds":
+    found = dict(spent)
+    found[mechanism] = found.get(mechanism, 0) + count
+    return found
+
+
+def _cost(mechanism: "Mechanism", rounds: int, spent: "Rounds", delta: float) -> dict[str, Any]:
+    from protocol.privacy.accounting import epsilon as cost
+
+    marks = sorted({max(1, rounds * part // 4) for part in range(1, 5)})
+    return {
+        "mechanism": asdict(mechanism),
+        "rounds": rounds,
+        "delta": delta,
+        "epsilon": cost(_together(spent, mechanism, rounds), delta),
+        "epsilon_rdp": cost(_together(spent, mechanism, rounds), delta, "rdp"),
+        "spent": cost(spent, delta),
+        "curve": [{"round": mark, "epsilon": cost(_together(spent, mechanism, mark), delta)} for mark in marks],
+    }
+
+
+def _lines(told: Mapping[str, Any]) -> Iterator[str]:
+    noise = told["mechanism"]
+    kind = "the nodes' own, inside the secure sum" if noise["noise"] == "discrete" else "the coordinator's, on the sum"
+    yield f"{told['rounds']} rounds of {noise['cohort']} of {noise['nodes']} institutions (sampling: {noise['sampling']})"
+    yield f"noise multiplier {told['noise_multiplier']:.6g} on each sum ({kind})"
+    for at in told["curve"]:
+        yield f"  after round {at['round']:>7}  epsilon {at['epsilon']:.4f}  at delta {told['delta']:g}"
+    yield f"by Renyi differential privacy alone {told['epsilon_rdp']:.4f}; spent before {told['spent']:.4f}"
+    if "budget" in told:
+        verdict = "within" if told["fits"] else "NOT within"
+        yield f"{verdict} the budget of {told['budget']:g}, which buys {told['rounds_affordable']} such rounds"

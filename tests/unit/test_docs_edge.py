@@ -1,0 +1,108 @@
+"""The blocks of docs/edge.md, in their order."""
+
+import json
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from typer.testing import CliRunner
+
+from fedge import app
+
+ROOT = Path(__file__).parent.parent.parent
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "docs" / "edge.md").read_text(), re.MULTILINE | re.DOTALL)
+
+
+def blocks(language):
+    return [body for kind, body in BLOCKS if kind == language]
+
+
+def call(lines):
+    told = []
+    for line in lines.splitlines():
+        done = CliRunner().invoke(app, shlex.split(line)[1:], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        told.append(done.stdout)
+    return told
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The folder of the page's first commands, and what they told."""
+    folder = tmp_path_factory.mktemp("edge")
+    rows = [{"input_text": f"What is the fee of plan {n}?", "target_text": f"{n} crowns"} for n in range(30)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "fees.yaml").write_text(blocks("yaml")[0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return folder, call(blocks("bash")[0])
+
+
+@pytest.fixture(scope="module")
+def answered(made):
+    """What the page's second commands told: checks, answers of the base and of the adapter, figures."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(made[0])
+        return call(blocks("bash")[1])
+
+
+def test_the_documented_bundle_is_made_run_and_updated(made, answered, monkeypatch, capsys):
+    folder, told = made
+    monkeypatch.chdir(folder)
+    assert "SHA256:" in told[1]
+    assert "fees version 1 (q8)" in told[2]
+    assert "adapter fees: lora, rank 4" in told[3]
+    assert "as it was signed" in answered[0]
+    assert "tokens/s" in answered[2]
+    exec(blocks("python")[0], {})  # noqa: S102
+    of_base, of_adapter, *_ = capsys.readouterr().out.splitlines()
+    assert f"base: {of_base}\n  fees: {of_adapter}\n" in answered[1]
+    assert of_base != of_adapter
+    added, _, carried, applied = call(blocks("bash")[2])
+    assert "hours:" in added
+    found = re.search(r"updates/1-to-2: ([\d,]+) of ([\d,]+) bytes", carried)
+    part, whole = (int(number.replace(",", "")) for number in found.groups())
+    assert part < whole / 4
+    assert "version 2" in applied
+
+
+@pytest.mark.slow
+def test_the_documented_bundle_is_made_smaller(made, monkeypatch):
+    monkeypatch.chdir(made[0])
+    whole, small = call(blocks("bash")[3])
+    size = {name: float(re.search(r"([\d.]+) MB", told)[1]) for name, told in (("whole", whole), ("small", small))}
+    assert size["small"] < size["whole"] / 3
+
+
+def test_the_documented_server_answers_the_documented_client(made, answered):
+    """In processes of their own, as a reader has them."""
+    folder, _ = made
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    command, client = blocks("bash")[4].replace("8080", port), blocks("python")[1].replace("8080", port)
+    executable = Path(sys.executable).parent / "fedge"
+    server = subprocess.Popen([executable, *shlex.split(command)[1:]], cwd=folder, stderr=subprocess.PIPE, text=True)
+    try:
+        until = time.monotonic() + 60
+        while not _is_there(port):
+            assert server.poll() is None, server.stderr.read()
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        done = subprocess.run([sys.executable, "-c", client], capture_output=True, text=True, check=True)
+    finally:
+        server.terminate()
+        server.wait(10)
+    assert f"fees: {done.stdout}" in answered[1]
+
+
+def _is_there(port):
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
+    except httpx.TransportError:
+        return False
