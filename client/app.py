@@ -14,7 +14,7 @@ from client.arrived import receive
 from client.feedback import with_feedback
 from client.memory import Memory
 from client.node import Node, from_context
-from protocol.errors import FedgeError, StartMissingError
+from protocol.errors import FedgeError, SecureSumError, StartMissingError
 from protocol.records import METRICS, metric_record, offer_records, read_asked, update_records
 from strategies.libraries import calm
 
@@ -48,10 +48,35 @@ def train(message: Message, context: Context) -> Message:
 
         node, memory = _node(message, context)
         received = receive(message.content, memory)
-        done = node_round.train(received, node, memory)
-        log.info("round %d: %s", received.call.round, ", ".join(f"{k} {v:.4g}" for k, v in done.own_metrics.items()))
+
+        def trained() -> node_round.Work:
+            done = node_round.train(received, node, memory)
+            log.info("round %d: %s", received.call.round, ", ".join(f"{k} {v:.4g}" for k, v in done.own_metrics.items()))
+            return done
+
+        if received.call.secure_sum:
+            from client.secure_sum import Party, begin
+
+            party = Party.of(node, context.state, received.call.federation)
+            return begin(received, party, lambda: trained().update)
+        if node.only_summed:
+            raise SecureSumError("asked for an update of its own, and this node's only_summed is true; nothing is trained")
+        done = trained()
         update = with_feedback(done.update, received, memory)
         return update_records(update, received.call.wire, done.metrics, received.trained())
+
+    return _answer(message, work)
+
+
+@app.train("secure_sum")
+def secure_sum(message: Message, context: Context) -> Message:
+    """Goes on with a round whose updates are only added up: answers as its stage asks."""
+
+    def work() -> RecordDict:
+        from client.secure_sum import Party, go_on
+
+        node = from_context(context)
+        return go_on(message.content, lambda federation: Party.of(node, context.state, federation))
 
     return _answer(message, work)
 

@@ -65,6 +65,13 @@ class Memory:
                 {key: FlowerArray(np.asarray(a, order="C")) for key, a in arrays.items()}
             )
 
+    def forget(self, name: str) -> None:
+        """Takes away what was kept under a name, if anything was."""
+        if self._folder:
+            _file(self._folder, name).unlink(missing_ok=True)
+        else:
+            self._state.pop(self._key(name), None)
+
     def _key(self, name: str) -> str:
         return f"fedge/{len(self._federation)}/{self._federation}/{name}"
 

@@ -13,11 +13,12 @@ from protocol.data_settings import DataPolicy, located
 from protocol.errors import ConfigurationError
 from protocol.mixture_settings import TaskFiles, TaskName
 from protocol.plan import Plan
+from protocol.secure_sum.terms import FEWEST_NODES
 from protocol.strict import Name, Strict
 from strategies.hardware import Hardware, override, probe
 from strategies.narrowing import TierName
 
-_PATHS = ("data_policy", "state", "folder", "whole_model")
+_PATHS = ("data_policy", "identity", "enrolled", "state", "folder", "whole_model")
 _ROWS = ("train", "evaluate", "replay", "probe")
 
 
@@ -57,6 +58,12 @@ class Node(Strict):
     files: Name | None = Field(
         None, description="files that a plan may name for its treatment of rows (names, synonyms), with commas between"
     )
+    identity: Path | None = Field(None, description="its private key, under which it is enrolled; for its own eyes alone")
+    enrolled: Path | None = Field(
+        None, description="YAML with the name and public key of every node whose updates its own may be added to"
+    )
+    only_summed: bool = Field(False, description="its update goes into secure sums alone, whatever a coordinator asks for")
+    fewest_summed: PositiveInt = Field(FEWEST_NODES, ge=FEWEST_NODES, description="how many nodes it is hidden among at least")
     state: Path | None = Field(None, description="folder for what it remembers from round to round and never sends")
     folder: Path | None = Field(None, description="keeps checkpoints, logs and the loss curve of each round")
     whole_model: Path | None = Field(

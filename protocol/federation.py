@@ -21,7 +21,9 @@ from pydantic import (
 
 from protocol.codec import WireFormat
 from protocol.plan import COMPRESSED, LOW_RANK, REFERRING, Objective, Plan, alike
-from protocol.strict import Name, Strict
+from protocol.privacy_settings import NOT_SUMMED, SecureSumSettings
+from protocol.secure_sum.terms import FEWEST_NODES
+from protocol.strict import Name, Strict, changed
 
 RuleName = Literal[
     "product-delta",
@@ -143,6 +145,7 @@ class Federation(Strict):
     plan: Plan = Plan()
     rounds: RoundSettings = RoundSettings()
     aggregation: AggregationSettings = AggregationSettings()
+    secure_sum: SecureSumSettings = SecureSumSettings()
     stages: tuple[Stage, ...] = Field((), description="plans one after the other, in place of plan and rounds.count")
     adapters: dict[AdapterName, Plan] = Field(
         {}, description="several adapters, each over the nodes that name it; in place of plan"
@@ -162,6 +165,7 @@ class Federation(Strict):
             self._settings_that_fit_their_rule(),
             self._plans_that_fit_the_rule(),
             self._references_that_nodes_share(),
+            self._sums_that_hide_someone(),
         )
         if problems := list(chain.from_iterable(conflicts)):
             raise ValueError("\n".join(problems))
@@ -309,6 +313,33 @@ class Federation(Strict):
                 "and train a part of their own; take rule product-delta"
             )
 
+    def _sums_that_hide_someone(self) -> Iterator[str]:
+        settings, rounds, rule = self.secure_sum, self.rounds, self.aggregation.rule
+        if not settings.enabled:
+            if said := changed(settings, *type(settings).model_fields):
+                yield f"secure_sum.{said[0]}: secure_sum.enabled is false, so nobody looks at it; set that, or leave this out"
+            return
+        if why := NOT_SUMMED.get(rule):
+            yield f"secure_sum: {rule} {why}, and only their sum is there; take rule product-delta"
+        if rounds.minimum_nodes < FEWEST_NODES:
+            yield (
+                f"rounds.minimum_nodes: found {rounds.minimum_nodes}, and of fewer than {FEWEST_NODES} a secure sum hides "
+                f"nobody; raise it to {FEWEST_NODES} or more"
+            )
+        if rounds.cluster:
+            yield "rounds.cluster compares single updates, and of a secure sum only the sum is there; leave one of the two out"
+        if rounds.wire != "fp32":
+            yield f"rounds.wire: found {rounds.wire}, but in a secure sum all numbers travel as 32-bit words; leave it out"
+        if settings.neighbours % 2:
+            yield f"secure_sum.neighbours: found {settings.neighbours}, expected an even number, half of them on either side"
+        for where, plan in self._plans():
+            if settings.examples is None and plan.training.max_steps is None:
+                yield (
+                    f"secure_sum.examples: missing, and {where} counts epochs, so that only a node knows its rows; say how "
+                    "many weigh as much as an update may"
+                )
+                break
+
     def schedules(self) -> dict[str, tuple[Plan, ...]]:
         """The plan of each round, first to last, by adapter; the only adapter of a federation without names is ``""``."""
         if self.adapters:
@@ -344,7 +375,9 @@ def without_plan(federation: Federation) -> list[str]:
 
 
 def _decisive(federation: Federation) -> dict[str, Any]:
-    return federation.model_dump(mode="json", exclude={"output": True, "stop": True, "rounds": _PATIENCE})
+    kept_out: dict[str, Any] = {"output": True, "stop": True, "rounds": _PATIENCE}
+    kept_out["secure_sum"] = {"timeout_seconds", "enrolled"}
+    return federation.model_dump(mode="json", exclude=kept_out)
 
 
 def _flat(told: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:

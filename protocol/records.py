@@ -22,10 +22,14 @@ from protocol.errors import AdapterError, MessageError, StartMissingError
 from protocol.manifest import MOST_EXAMPLES, Manifest
 from protocol.plan import Method, Plan, Precision
 from protocol.product_space import trained_part
+from protocol.secure_sum.fixed_point import Words
+from protocol.secure_sum.stages import Asked
 from protocol.update import Update
 
 PROTOCOL_VERSION = 1
 ARRAYS, CONFIG, METRICS, REFERENCE = "adapter", "fedge", "metrics", "reference"
+# Beside them, in a round whose updates are only added up: a masked vector, and the basis that the first sum gave.
+VECTOR, RANGES = "vector", "ranges"
 Trains = Literal["both", "A", "B"]
 # A round has few, and they are kept and shown with their names. What is averaged over nodes must not overflow.
 _MOST_METRICS, _LONGEST_METRIC, _LARGEST_METRIC = 100, 80, 1e30
@@ -68,6 +72,7 @@ class Call(_Wire):
             that was the base. No arrays travel for it where it is ``digest``, or where the node should hold it.
         wire: How the update is to travel.
         wire_down: How the coordinator's adapters travel; where they are coded, a node keeps what it receives.
+        secure_sum: The update is to go into a secure sum and not to be sent: under which terms.
     """
 
     protocol_version: int = PROTOCOL_VERSION
@@ -88,6 +93,7 @@ class Call(_Wire):
     reference: str = ""
     wire: WireFormat = "fp32"
     wire_down: WireFormat = "fp32"
+    secure_sum: Asked | None = None
 
 
 class Offer(_Wire):
@@ -246,9 +252,58 @@ def read_update(records: RecordDict, reference: Adapter | None = None) -> tuple[
     return Update(adapter, manifest, rows), metrics
 
 
+def stage_records(
+    told: BaseModel | None, *, vector: Words | None = None, ranges: Mapping[str, Array] | None = None
+) -> RecordDict:
+    """What is said at a stage of a secure sum (``protocol.secure_sum.stages``), with its arrays."""
+    records = RecordDict({} if told is None else {CONFIG: _config(told)})
+    if vector is not None:
+        records[VECTOR] = _arrays({VECTOR: vector})
+    if ranges is not None:
+        records[RANGES] = _arrays(ranges)
+    return records
+
+
+def read_stage(records: RecordDict, model: type[M]) -> M:
+    """What the other side said at a stage.
+
+    Raises:
+        MessageError: It is none of this kind.
+    """
+    return _read_config(records, model)
+
+
+def read_vector(records: RecordDict, length: int) -> Words:
+    """A masked vector.
+
+    Raises:
+        MessageError: It is none of so many words.
+    """
+    if more := records.keys() - {VECTOR}:
+        raise MessageError(f"records: found {min(more)[:80]!r} too, expected {VECTOR!r}")
+    found = _read_arrays(records, VECTOR)
+    vector = found.get(VECTOR)
+    if vector is None or len(found) != 1 or vector.dtype != np.uint32 or vector.shape != (length,):
+        told = ", ".join(f"{array.dtype} {array.shape}" for array in list(found.values())[:3]) or "nothing"
+        raise MessageError(f"vector: found {told}, expected uint32 ({length},)")
+    return np.ascontiguousarray(vector)
+
+
+def read_ranges(records: RecordDict) -> dict[str, Array]:
+    """The basis of a second sum, by module; whether it is one, the sketch says.
+
+    Raises:
+        MessageError: It is no float32 matrices.
+    """
+    found = _read_arrays(records, RANGES)
+    if wrong := [name for name, array in found.items() if array.dtype != np.float32 or array.ndim != 2]:
+        raise MessageError(f"basis of {wrong[0][:80]}: found {found[wrong[0]].dtype}, expected a matrix of float32")
+    return found
+
+
 def payload_bytes(records: RecordDict) -> int:
     """Bytes of a message's arrays as they travel; 0 where it has none."""
-    held = [record for record in (records.get(ARRAYS), records.get(REFERENCE)) if isinstance(record, ArrayRecord)]
+    held = [record for key in (ARRAYS, REFERENCE, VECTOR, RANGES) if isinstance(record := records.get(key), ArrayRecord)]
     return sum(len(array.data) for record in held for array in record.values())
 
 

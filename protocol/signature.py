@@ -74,7 +74,9 @@ def read_private(path: Path) -> Ed25519PrivateKey:
     Raises:
         SignatureError: There is none, it is no Ed25519 key without a passphrase, or others than its owner may read it.
     """
-    content = _content(path)
+    content = _content(path, "fedge edge keygen makes one")
+    if content.startswith(b"ssh-") or content.startswith(_PEM + b" PUBLIC"):
+        raise SignatureError(f"{path}: is a public key; expected the private one, which lies beside it without .pub")
     mode = path.stat().st_mode
     if mode & 0o077:
         raise SignatureError(f"{path}: others than its owner may read this private key (mode {mode & 0o777:o}); chmod 600 it")
@@ -97,14 +99,35 @@ def read_trusted(path: Path) -> tuple[Ed25519PublicKey, ...]:
     Raises:
         SignatureError: There is no such file, it holds no key, or something that is no public Ed25519 key.
     """
-    content = _content(path).strip()
+    content = _content(path, "expected the public keys of those whom you trust, as they gave them to you").strip()
     if content.startswith(_PEM):
-        return (_public(content, path, "the file"),)
+        return (read_public(content, path, "the file"),)
     lines = [(number, line.strip()) for number, line in enumerate(content.splitlines(), 1)]
-    keys = [_public(line, path, f"line {number}") for number, line in lines if line and not line.startswith(b"#")]
+    keys = [read_public(line, path, f"line {number}") for number, line in lines if line and not line.startswith(b"#")]
     if not keys:
         raise SignatureError(f"{path}: holds no key; expected lines such as ssh-ed25519 AAAA... NAME")
     return tuple(keys)
+
+
+def read_public(text: bytes, path: Path, where: str) -> Ed25519PublicKey:
+    """The public key of one line of OpenSSH, or of a PEM.
+
+    Args:
+        text: The line.
+        path: The file that it stands in, for the error.
+        where: At what place there.
+
+    Raises:
+        SignatureError: It is no public Ed25519 key.
+    """
+    load = load_pem_public_key if text.startswith(_PEM) else load_ssh_public_key
+    try:
+        key = load(text)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        key = None
+    if not isinstance(key, Ed25519PublicKey):
+        raise SignatureError(f"{path}: {where} is no public Ed25519 key; expected ssh-ed25519 AAAA... NAME, or PEM")
+    return key
 
 
 def fingerprint(key: Ed25519PublicKey) -> str:
@@ -171,23 +194,12 @@ def _printed(identity: bytes) -> str:
     return "SHA256:" + base64.b64encode(identity).decode("ascii").rstrip("=")
 
 
-def _public(text: bytes, path: Path, where: str) -> Ed25519PublicKey:
-    load = load_pem_public_key if text.startswith(_PEM) else load_ssh_public_key
-    try:
-        key = load(text)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
-        key = None
-    if not isinstance(key, Ed25519PublicKey):
-        raise SignatureError(f"{path}: {where} is no public Ed25519 key; expected ssh-ed25519 AAAA... NAME, or PEM")
-    return key
-
-
-def _content(path: Path) -> bytes:
+def _content(path: Path, advice: str) -> bytes:
     try:
         with path.open("rb") as file:
             content = file.read(_LONGEST_FILE + 1)
     except OSError as error:
-        raise SignatureError(f"{path}: no readable key ({type(error).__name__}); fedge edge keygen makes one") from None
+        raise SignatureError(f"{path}: no readable key ({type(error).__name__}); {advice}") from None
     if len(content) > _LONGEST_FILE:
         raise SignatureError(f"{path}: longer than {_LONGEST_FILE:,} bytes; expected a key")
     return content

@@ -21,7 +21,8 @@ from flwr.serverapp import Grid
 
 from protocol.adapter import Adapter, Array, Factors
 from protocol.codec import pack, unpack
-from protocol.errors import AdapterError, DataError, FederationError
+from protocol.enrolment import Enrolled, read_enrolled
+from protocol.errors import AdapterError, ConfigurationError, DataError, FederationError
 from protocol.federation import LOWER_IS_BETTER, Federation
 from protocol.files import read_adapter
 from protocol.manifest import Manifest
@@ -33,6 +34,7 @@ from server.events import EventLog, finite
 from server.ledger import Checkpoint, Kept, Ledger, RoundRecord
 from server.membership import Membership
 from server.publishing import Publisher
+from server.secure_round import SecureRound
 from server.standing import Standing
 from server.story import read_story
 from server.track import Track
@@ -79,7 +81,11 @@ class Outcome:
 
 
 def run(
-    grid: Grid, federation: Federation, watch: Watch = lambda record: None, anew: Callable[[], None] = lambda: None
+    grid: Grid,
+    federation: Federation,
+    watch: Watch = lambda record: None,
+    anew: Callable[[], None] = lambda: None,
+    enrolled: Enrolled | None = None,
 ) -> Outcome:
     """Runs a federation to its end; one that died in this output folder goes on where it was.
 
@@ -88,14 +94,16 @@ def run(
         federation: What to publish.
         watch: Called after every round of every adapter.
         anew: Called before the first round, and not where a run goes on.
+        enrolled: Public keys by node name for secure sums, in place of the file that the federation names.
 
     Raises:
+        ConfigurationError: The federation names no such file, or one that holds something else.
         FederationError: Too few nodes joined, too few sent a usable update, a round cannot be kept, or the folder holds another
             run that has not ended.
         AdapterError: The adapter that the federation is to start from is damaged, or not for its base and plan.
     """
     with _alone_in(federation.output):
-        return _Coordinator(grid, federation, watch, anew).run()
+        return _Coordinator(grid, federation, watch, anew, enrolled).run()
 
 
 @contextmanager
@@ -118,7 +126,9 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 
 class _Coordinator:
-    def __init__(self, grid: Grid, federation: Federation, watch: Watch, anew: Callable[[], None]) -> None:
+    def __init__(
+        self, grid: Grid, federation: Federation, watch: Watch, anew: Callable[[], None], enrolled: Enrolled | None
+    ) -> None:
         self._grid = grid
         self._federation = federation
         self._watch = watch
@@ -131,7 +141,11 @@ class _Coordinator:
         self._members = Membership(grid, federation, self._tracks, self._note_member)
         self._standing = Standing(federation.rounds)
         self._publisher = Publisher(federation.rounds.wire_down)
-        self._training = TrainingRound(grid, federation, self._publisher, self._standing)
+        if federation.secure_sum.enabled:
+            known = _enrolled(federation) if enrolled is None else enrolled
+            self._training: TrainingRound = SecureRound(grid, federation, self._publisher, self._standing, known)
+        else:
+            self._training = TrainingRound(grid, federation, self._publisher, self._standing)
         self._number = 0
         self._traffic_bytes = 0
         self._seconds = 0.0
@@ -238,6 +252,7 @@ class _Coordinator:
                 for done in trained.values()
                 for name, reason in {**done.refused, **done.silent, **done.paused}.items()
             )
+            reasons = "; ".join(filter(None, [*(done.given_up for done in trained.values()), reasons]))
             problem = f"round {self._number}: {usable} usable update(s), {rounds.minimum_nodes} are needed ({reasons})"
             self._events.note("no-quorum", self._number, attempt=attempt + 1, reason=problem)
             log.warning("%s", problem)
@@ -379,6 +394,16 @@ class _Coordinator:
 
     def _note_member(self, event: str, **facts: Any) -> None:
         self._events.note(event, self._number, **facts)
+
+
+def _enrolled(federation: Federation) -> Enrolled:
+    """Who may take part in secure sums."""
+    path = federation.secure_sum.enrolled
+    if path is None:
+        raise ConfigurationError(
+            "federation", ["secure_sum.enrolled: missing; name the YAML file with each node's name and public key"]
+        )
+    return read_enrolled(path)
 
 
 def _fitting(folder: Path, reference: Offer, base_digest: str) -> Adapter:

@@ -1,7 +1,7 @@
 """One round of training: draw the cohort, send each node its start, hold what comes back, let in what may be, merge it."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from flwr.app import Message, MessageType
@@ -40,6 +40,7 @@ class Trained:
         seconds: From the first message to the merged adapter.
         adapter, report: The next global adapter; None where too few updates could be used.
         split: Names of the members that should go on apart, where the updates disagree.
+        given_up: Why there is no secure sum.
     """
 
     accepted: dict[str, Mapping[str, float]] = field(default_factory=dict)
@@ -54,10 +55,11 @@ class Trained:
     adapter: Adapter | None = None
     report: MergeReport | None = None
     split: tuple[frozenset[str], frozenset[str]] | None = None
+    given_up: str = ""
 
 
 @dataclass(frozen=True)
-class _Sent:
+class Sent:
     """What nodes of one rank are asked, and the part of their start that a change is counted from."""
 
     call: Call
@@ -67,12 +69,12 @@ class _Sent:
 
 
 @dataclass(frozen=True)
-class _Asked:
+class AskedNode:
     """One node in one round."""
 
     member: Member
     track: Track
-    sent: _Sent
+    sent: Sent
 
 
 @dataclass(frozen=True)
@@ -103,17 +105,32 @@ class TrainingRound:
         """One round; what it did to each track. Tracks change nothing themselves."""
         begun = time.monotonic()
         done = {name: Trained() for name in tracks}
-        asked: dict[int, _Asked] = {}
+        asked: dict[int, AskedNode] = {}
         for name, track in tracks.items():
             asked |= self._draw(track, number, connected, done[name])
+        for name in self._carried_out(number, tracks, asked, done):
+            done[name].seconds = time.monotonic() - begun
+        return done
+
+    def _carried_out(
+        self,
+        number: int,  # noqa: ARG002
+        tracks: Mapping[str, Track],
+        asked: Mapping[int, AskedNode],
+        done: dict[str, Trained],
+    ) -> Iterator[str]:
+        """Asks, hears and merges; yields the name of each track once it is done."""
         with Held() as held:
             heard = self._exchange(asked, held, done)
             for name, track in tracks.items():
                 self._merge(track, asked, heard, held, done[name])
-                done[name].seconds = time.monotonic() - begun
-        return done
+                yield name
 
-    def _draw(self, track: Track, number: int, connected: set[int], done: Trained) -> dict[int, _Asked]:
+    def _barred(self, name: str, number: int) -> str | None:
+        """Why a member is not asked; None if it is."""
+        return self._standing.paused(name, number)
+
+    def _draw(self, track: Track, number: int, connected: set[int], done: Trained) -> dict[int, AskedNode]:
         ranks = {member.offer.r for member in track.members.values() if member.node in connected}
         starts = {r: _start(track, r, number) for r in ranks}
         available = {}
@@ -121,7 +138,7 @@ class TrainingRound:
             if member.node not in connected:
                 continue
             start = starts[member.offer.r]
-            if reason := self._standing.paused(name, number):
+            if reason := self._barred(name, number):
                 done.paused[name] = reason
             elif start.r > member.offer.r:
                 done.paused[name] = f"the rule trains rank {start.r}, this node offered {member.offer.r}"
@@ -131,9 +148,9 @@ class TrainingRound:
         size = None if size is None else round(size * (1 + self._rounds.over_selection))
         drawn = [available[name] for name in draw(available, size, self._rounds.seed, number)]
         sent = {r: self._sent(track, starts[r], number) for r in sorted({member.offer.r for member in drawn})}
-        return {member.node: _Asked(member, track, sent[member.offer.r]) for member in drawn}
+        return {member.node: AskedNode(member, track, sent[member.offer.r]) for member in drawn}
 
-    def _sent(self, track: Track, start: Start, number: int) -> _Sent:
+    def _sent(self, track: Track, start: Start, number: int) -> Sent:
         key = track.name if start.adapter is track.adapter else f"{track.name}/rank-{start.r}"
         published = self._publisher.publish(key, start.adapter)
         reference = self._publisher.reference(track.name, track.stays_near(number))
@@ -146,15 +163,11 @@ class TrainingRound:
             trains=start.trains,
             fresh=start.fresh,
         )
-        return _Sent(call, published, reference, start.trained(published.adapter))
+        return Sent(call, published, reference, start.trained(published.adapter))
 
-    def _exchange(self, asked: Mapping[int, _Asked], held: Held, done: Mapping[str, Trained]) -> Collected[_Admitted]:
+    def _exchange(self, asked: Mapping[int, AskedNode], held: Held, done: Mapping[str, Trained]) -> Collected[_Admitted]:
         def message(node: int, *, whole: bool = False) -> Message:
-            one = asked[node]
-            sent = one.sent
-            records = self._publisher.records(sent.call, sent.published, node, reference=sent.reference, whole=whole)
-            done[one.track.name].bytes_sent += payload_bytes(records)
-            return Message(records, dst_node_id=node, message_type=MessageType.TRAIN)
+            return self._message(asked[node], done[asked[node].track.name], whole=whole)
 
         def read(node: int, reply: Message) -> _Admitted:
             one = asked[node]
@@ -179,7 +192,14 @@ class TrainingRound:
             again=again,
         )
 
-    def _enough(self, asked: Mapping[int, _Asked], results: Iterable[int]) -> bool:
+    def _message(self, one: AskedNode, done: Trained, *, whole: bool = False) -> Message:
+        """What a node is asked to train, in the smallest form that it can read."""
+        sent, node = one.sent, one.member.node
+        records = self._publisher.records(sent.call, sent.published, node, reference=sent.reference, whole=whole)
+        done.bytes_sent += payload_bytes(records)
+        return Message(records, dst_node_id=node, message_type=MessageType.TRAIN)
+
+    def _enough(self, asked: Mapping[int, AskedNode], results: Iterable[int]) -> bool:
         """Whether every track has the updates of a whole cohort; without a cohort everyone is waited for."""
         if self._rounds.cohort is None:
             return False
@@ -188,7 +208,9 @@ class TrainingRound:
             counts[asked[node].track.name] += 1
         return all(count >= self._rounds.cohort for count in counts.values())
 
-    def _merge(self, track: Track, asked: Mapping[int, _Asked], heard: Collected[_Admitted], held: Held, done: Trained) -> None:
+    def _merge(
+        self, track: Track, asked: Mapping[int, AskedNode], heard: Collected[_Admitted], held: Held, done: Trained
+    ) -> None:
         own = {node: one for node, one in asked.items() if one.track is track}
         names = {node: one.member.name for node, one in own.items()}
         done.refused |= {names[node]: reason for node, reason in sorted(heard.refused.items()) if node in own}

@@ -1,6 +1,8 @@
 """Federations in this process, and how they compare: base, own data only, federated, everything in one place."""
 
+import json
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,10 +12,12 @@ from client.app import app
 from client.node import Node
 from client.round import choose, held_out_rows, join, training_rows
 from protocol.adapter import Adapter
+from protocol.enrolment import read_enrolled
 from protocol.errors import ConfigurationError, UserError
 from protocol.federation import Federation
 from protocol.plan import Plan
 from protocol.records import Call
+from protocol.signature import make_key, write_private, write_public
 from server.ledger import RoundRecord
 from server.rounds import Outcome, run
 from simulations.grid import InProcessGrid
@@ -27,6 +31,7 @@ from strategies.training import fit
 
 Say = Callable[[str], None]
 STATE = "node-state"
+_ENROLLED = "enrolled.yaml"
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ def federate(
     """Runs a federation over nodes in this process: the same ClientApp and the same rounds as on a SuperLink.
 
     A node that names no ``state`` remembers in ``OUTPUT/node-state``, so that a run that died goes on to the same bit; one that
-    begins anew finds nothing there.
+    begins anew finds nothing there. Secure sums are made with keys for this run alone.
 
     Raises:
         FederationError: Too few nodes could take part.
@@ -99,14 +104,35 @@ def federate(
         if memory.exists():
             shutil.rmtree(memory)
 
-    configs = [
-        {key.replace("_", "-"): str(value) if isinstance(value, Path) else value for key, value in own.items()}
-        for own in (
-            {"trial": False, "state": memory / f"{number:04d}", **node.model_dump(exclude_none=True)}
-            for number, node in enumerate(nodes, 1)
-        )
-    ]
-    return run(InProcessGrid(app, configs), federation, watch, forget)
+    with tempfile.TemporaryDirectory(prefix="fedge-keys-") as folder:
+        keys = _keys(Path(folder), nodes) if federation.secure_sum.enabled else {}
+        configs = [
+            {key.replace("_", "-"): str(value) if isinstance(value, Path) else value for key, value in own.items()}
+            for own in (
+                {
+                    "trial": False,
+                    "state": memory / f"{number:04d}",
+                    **node.model_dump(exclude_none=True),
+                    **keys.get(node.name, {}),
+                }
+                for number, node in enumerate(nodes, 1)
+            )
+        ]
+        enrolled = read_enrolled(Path(folder, _ENROLLED)) if keys else None
+        return run(InProcessGrid(app, configs), federation, watch, forget, enrolled)
+
+
+def _keys(folder: Path, nodes: Sequence[Node]) -> dict[str, dict[str, Path]]:
+    """Settings by node: a key of its own, for this run alone, and the list of all of them."""
+    lines, settings = {}, {}
+    for number, name in enumerate(dict.fromkeys(node.name for node in nodes)):
+        key, private = make_key(), folder / f"{number}"
+        write_private(private, key)
+        write_public(private.with_suffix(".pub"), key.public_key())
+        lines[name] = private.with_suffix(".pub").read_text(encoding="ascii").strip()
+        settings[name] = {"identity": private, "enrolled": folder / _ENROLLED}
+    (folder / _ENROLLED).write_text(json.dumps(lines), encoding="utf-8")  # which is YAML
+    return settings
 
 
 def compare(

@@ -10,7 +10,9 @@ Below the threshold at any stage the sum is given up, and nothing that was sent 
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from itertools import combinations
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -43,6 +45,7 @@ class Coordinator:
         self._total: Words = np.zeros(terms.length, np.uint32)
         self._added: set[str] = set()
         self._confirmed: set[str] = set()
+        self._liars: set[str] = set()
 
     def advertised(self, adverts: Mapping[str, Advert]) -> dict[str, Advert]:
         """The adverts to send round: those that hold.
@@ -50,17 +53,32 @@ class Coordinator:
         Raises:
             SecureSumError: They are too few.
         """
-        for name, advert in adverts.items():
-            try:
-                if name not in self.terms.nodes:
-                    raise SignatureError("was not asked")
-                verify(advert.signature, ADVERT, advert.content(self.terms.digest, name), [self._enrolled[name]])
-            except SignatureError:
-                self.refused[name] = "keys are not signed with its enrolled key"
+        seen: set[bytes] = set()
+        for name, advert in sorted(adverts.items()):
+            keys = {advert.sealing, advert.masking}
+            if reason := self.unusable(name, advert):
+                self.refused[name] = reason
+            elif keys & seen:
+                self.refused[name] = "a key that another node gives for its own"
             else:
+                seen |= keys
                 self._adverts[name] = advert
         check_adverts(self.terms, self._adverts, self._enrolled)
         return dict(self._adverts)
+
+    def unusable(self, name: str, advert: Advert) -> str:
+        """Why an advert cannot be sent round, with which every other node would give the sum up; empty if it can."""
+        try:
+            if name not in self.terms.nodes:
+                raise SignatureError("was not asked")
+            verify(advert.signature, ADVERT, advert.content(self.terms.digest, name), [self._enrolled[name]])
+            for key in (advert.sealing, advert.masking):
+                agreed(X25519PrivateKey.generate(), key, b"fedge secure sum trial")
+        except SignatureError:
+            return "keys are not signed with its enrolled key, or for other terms"
+        except SecureSumError:
+            return "a key that nobody can agree with"
+        return "one key for two purposes" if advert.sealing == advert.masking else ""
 
     def routed(self, sealed: Mapping[str, Mapping[str, bytes]]) -> dict[str, dict[str, bytes]]:
         """What each node is to be sent: by node, the sealed shares of its holders.
@@ -73,8 +91,7 @@ class Coordinator:
         """
         whole = {}
         for name, shares in sealed.items():
-            wanted = set(self._holders(name)) - {name} if name in self._adverts else set()
-            if wanted and shares.keys() == wanted and all(len(share) == SEALED_BYTES for share in shares.values()):
+            if self.is_whole(name, shares):
                 whole[name] = shares
             else:
                 self.refused[name] = "shares for others than its holders, or of another length"
@@ -83,6 +100,11 @@ class Coordinator:
         return {
             name: {sender: shares[name] for sender, shares in whole.items() if name in shares} for name in sorted(self._shared)
         }
+
+    def is_whole(self, name: str, shares: Mapping[str, bytes]) -> bool:
+        """Whether a node has sealed shares for each of its holders."""
+        wanted = set(self._holders(name)) - {name} if name in self._adverts else set()
+        return bool(wanted) and shares.keys() == wanted and all(len(share) == SEALED_BYTES for share in shares.values())
 
     def add(self, name: str, masked: Words) -> None:
         """Adds a node's masked vector.
@@ -148,26 +170,43 @@ class Coordinator:
         return total
 
     def _seed(self, name: str, openings: Mapping[str, Opening]) -> bytes:
-        seed = self._recovered(name, {holder: each.seeds.get(name) for holder, each in openings.items()})
-        if hashlib.sha256(seed).digest() != self._adverts[name].commitment:
-            raise SecureSumError(f"secure sum: the shares of {name}'s mask give another one than it committed to")
-        return seed
+        commitment = self._adverts[name].commitment
+        shares = {holder: each.seeds.get(name) for holder, each in openings.items()}
+        return self._recovered(name, shares, lambda seed: hashlib.sha256(seed).digest() == commitment)
 
     def _masking_key(self, name: str, openings: Mapping[str, Opening]) -> X25519PrivateKey:
-        raw = self._recovered(name, {holder: each.keys.get(name) for holder, each in openings.items()})
-        key = X25519PrivateKey.from_private_bytes(raw)
-        if key.public_key().public_bytes_raw() != self._adverts[name].masking:
-            raise SecureSumError(f"secure sum: the shares of {name}'s key give another one than it advertised")
-        return key
+        public = self._adverts[name].masking
+        shares = {holder: each.keys.get(name) for holder, each in openings.items()}
 
-    def _recovered(self, name: str, shares: Mapping[str, bytes | None]) -> bytes:
+        def is_it(raw: bytes) -> bool:
+            return X25519PrivateKey.from_private_bytes(raw).public_key().public_bytes_raw() == public
+
+        return X25519PrivateKey.from_private_bytes(self._recovered(name, shares, is_it))
+
+    def _recovered(self, name: str, shares: Mapping[str, bytes | None], is_it: Callable[[bytes], bool]) -> bytes:
+        """A secret that is what its owner has committed to; who gives a wrong share is left out from then on."""
         holders = self._holders(name)
         places = {
             holders.index(holder) + 1: share
             for holder, share in shares.items()
             if holder in holders and share is not None and len(share) == SHARE_BYTES
         }
-        return recovered(places, self.terms.threshold(len(holders)))
+        threshold = self.terms.threshold(len(holders))
+        known = {place for place in places if holders[place - 1] in self._liars}
+        tried = [known, *(known | set(more) for count in (1, 2) for more in combinations(sorted(places.keys() - known), count))]
+        for without in tried:
+            left = {place: share for place, share in places.items() if place not in without}
+            with suppress(SecureSumError):
+                secret = recovered(left, threshold)
+                if is_it(secret):
+                    self._liars |= {holders[place - 1] for place in without}
+                    self.refused |= dict.fromkeys(self._liars, "a share that it was not given")
+                    return secret
+        if len(places) >= threshold:  # enough of them: who split the secret has split another
+            self.refused[name] = "shares that do not give what it has committed to"
+        raise SecureSumError(
+            f"secure sum: {len(places)} shares of what hides {name}, no {threshold} of which give what it has committed to"
+        )
 
     def _holders(self, name: str) -> tuple[str, ...]:
         return self.terms.holders(name, sorted(self._adverts), order_of(self._adverts))

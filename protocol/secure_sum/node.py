@@ -61,6 +61,17 @@ class Node:
         self._seed = secrets.token_bytes(32)
         self._adverts: dict[str, Advert] = {}
         self._held: dict[str, bytes] = {}
+        self._survivors: frozenset[str] = frozenset()
+
+    @property
+    def terms(self) -> Terms:
+        """Of the sum."""
+        return self._terms
+
+    @property
+    def survivors(self) -> frozenset[str]:
+        """Whom it has confirmed; empty before."""
+        return self._survivors
 
     # The five answers ---------------------------------------------------------------------------------------------------
 
@@ -184,7 +195,7 @@ class Node:
             "seed": self._seed.hex(),
             "adverts": {name: [part.hex() for part in _parts(advert)] for name, advert in self._adverts.items()},
             "held": {name: share.hex() for name, share in self._held.items()},
-            "survivors": sorted(getattr(self, "_survivors", ())),
+            "survivors": sorted(self._survivors),
             "terms": self._terms.digest.hex(),
         }
         return json.dumps(told).encode()

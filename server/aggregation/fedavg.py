@@ -44,6 +44,12 @@ class FedAvg(FixedShape):
         self._examples += other._examples
         self._mean.merge(other._mean)
 
+    def merge_partial(self, arrays: Mapping[str, Array]) -> None:
+        """Adds a sum: counts, and of each tensor what ``RowMean.partial`` says."""
+        self._updates += int(arrays["updates"])
+        self._examples += int(arrays["examples"])
+        self._mean.merge(RowMean.from_partial(arrays))
+
     def finalise(self) -> tuple[Adapter, MergeReport]:
         """The averaged factors and tensors; nothing is cut off, so no energy is discarded."""
         changes = self._mean.changes()

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
 from protocol.adapter import Adapter, Array
+from protocol.errors import FederationError
 from protocol.product_space import trained_part
 from protocol.records import Trains
 from protocol.update import Update
@@ -103,6 +104,14 @@ class Rule(ABC):
     @abstractmethod
     def merge(self, other: Self) -> None:
         """Adds what another instance, begun from the same adapter, has gathered (a region's, a worker's)."""
+
+    def merge_partial(self, arrays: Mapping[str, Array]) -> None:  # noqa: ARG002
+        """Adds a sum of which nobody here has seen the parts (``protocol.secure_sum.contribution``).
+
+        Raises:
+            FederationError: The rule cannot.
+        """
+        raise FederationError(f"{type(self).__name__} looks at single updates, and there is only their sum")
 
     @abstractmethod
     def finalise(self) -> tuple[Adapter, MergeReport]:

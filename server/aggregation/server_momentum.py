@@ -79,6 +79,10 @@ class ServerMomentum(Rule):
         """Adds what the other's rule has gathered."""
         self.rule.merge(other.rule)
 
+    def merge_partial(self, arrays: Mapping[str, Array]) -> None:
+        """Adds a sum to the rule inside."""
+        self.rule.merge_partial(arrays)
+
     def finalise(self) -> tuple[Adapter, MergeReport]:
         """The rule's result and a share of the last step beyond it."""
         merged, report = self.rule.finalise()

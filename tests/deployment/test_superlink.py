@@ -15,11 +15,12 @@ import numpy as np
 import psutil
 import pytest
 
-from client.node import read_nodes
+from client.node import Node, read_nodes
 from protocol.adapter import Adapter
 from protocol.configuration import load
 from protocol.federation import Federation
 from protocol.files import read_adapter
+from simulations.federation import federate
 
 pytestmark = [pytest.mark.deployment, pytest.mark.timeout(400)]
 ROOT = Path(__file__).parents[2]
@@ -215,18 +216,95 @@ def test_a_supernode_that_is_killed_while_it_trains_costs_no_more_than_the_deadl
     assert len(second["accepted"]) == 2
 
 
+# How often a node has been asked when a stage of a secure sum begins: it joins, trains, shares, masks …
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("messages", "in_the_sum"),
+    [
+        (3, ["bank", "clinic", "court"]),  # its shares
+        (4, ["bank", "clinic", "court"]),  # its first vector
+        (5, []),  # its confirmation; of four nodes too few would stay beside those that hide it in the second sum
+        (9, ["bank", "clinic", "court", "school"]),  # what it opens in the end
+    ],
+    ids=["share", "mask", "confirm", "open"],
+)
+def test_a_secure_sum_through_a_superlink_does_without_a_node_that_is_killed(
+    tmp_path: Path, terminals: Terminals, messages: int, in_the_sum: list[str]
+) -> None:
+    """Oracle: the same round in the open, in this process, over the nodes that are in the sum."""
+    commands = blocks()
+    terminals.run(commands["2"][0])
+    terminals.run(commands["6"][0])
+    names = ("bank", "clinic", "court", "school")
+    lines = []
+    for name in names:
+        home = tmp_path / name
+        home.mkdir()
+        rows = [{"input_text": f"Which room has number {n}?", "target_text": f"{name} {n}."} for n in range(8)]
+        (home / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        terminals.run(f'ssh-keygen -q -t ed25519 -N "" -C "" -f "$WORK/{name}/identity"')
+        lines.append(f"{name}: {(home / 'identity.pub').read_text().strip()}\n")
+    (tmp_path / "enrolled.yaml").write_text("".join(lines))
+    described = tmp_path / "federation.yaml"
+    text = described.read_text().replace("count: 2", "count: 1\n  retries: 0\n  timeout_seconds: 240")
+    text = text.replace("minimum_nodes: 2", "minimum_nodes: 3")
+    described.write_text(f"{text}secure_sum: {{enabled: true, enrolled: {tmp_path}/enrolled.yaml, timeout_seconds: 90}}\n")
+    terminals.start("superlink", commands["4"][0])
+    ports = dict(zip(names, free_ports(4), strict=True))
+    nodes = {}
+    for name in names:
+        config = f'name=\\"{name}\\" train=\\"$WORK/{name}/rows.jsonl\\" max-rank=4 trial=false only-summed=true '
+        config += f'identity=\\"$WORK/{name}/identity\\" enrolled=\\"$WORK/enrolled.yaml\\"'
+        nodes[name] = terminals.start(
+            name,
+            f'FLWR_HOME="$WORK/{name}/flwr" flower-supernode --insecure --superlink "127.0.0.1:$PORT" --port {ports[name]} '
+            f'--node-config "{config}"',
+        )
+    terminals.until_up()
+    deadline = time.monotonic() + 60
+    while terminals.run("flwr supernode list consortium").count("online") < len(names) and time.monotonic() < deadline:
+        time.sleep(1)
+    run = terminals.start("run", commands["7"][0])
+
+    kill_at_message(nodes["school"], messages)
+
+    code = run.wait(timeout=600)
+    if not in_the_sum:
+        assert "nothing is revealed" in terminals.log("run"), terminals.story()
+        assert not (tmp_path / "result").exists()
+        return
+    assert code == 0, terminals.story()
+    assert (tmp_path / "result").exists(), terminals.story()
+    record = json.loads((tmp_path / "result/rounds/0001/round.json").read_text())
+    assert sorted(record["accepted"]) == in_the_sum, terminals.story()
+    content = load(described, Federation).model_dump(mode="json", exclude={"secure_sum"}) | {"output": tmp_path / "in-process"}
+    own = [Node(name=name, train=tmp_path / name / "rows.jsonl", max_rank=4) for name in in_the_sum]
+    expected = products(federate(Federation.model_validate(content), own).adapter)
+    found = products(read_adapter(tmp_path / "result" / "adapter")[0])
+    assert found.keys() == expected.keys()
+    assert max(np.abs(product).max() for product in expected.values()) > 1e-4, "nothing was trained"
+    for module, product in expected.items():
+        assert np.abs(found[module] - product).max() <= 1e-7  # of four nodes each rounds to steps of 1.9e-8
+
+
 def kill_at_second_message(supernode: psutil.Popen) -> None:
     """Kills a SuperNode and its own once the process of its second message runs: the first asks it to join, then it trains."""
+    kill_at_message(supernode, 2)
+
+
+def kill_at_message(supernode: psutil.Popen, number: int) -> None:
+    """Kills a SuperNode and its own once the process of one of its messages runs."""
     seen: set[int] = set()
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 500
     while time.monotonic() < deadline:
         seen |= {one.pid for one in supernode.children(recursive=True) if "clientapp" in " ".join(_command(one))}
-        if len(seen) == 2:
+        if len(seen) == number:
             for process in (supernode, *supernode.children(recursive=True)):
                 _signal(process, "kill")
             return
-        time.sleep(0.1)
-    pytest.fail("the SuperNode was not asked twice")
+        time.sleep(0.02)
+    pytest.fail(f"the SuperNode was asked {len(seen)} times, and not {number}")
 
 
 def _command(process: psutil.Process) -> list[str]:
@@ -237,8 +315,6 @@ def _command(process: psutil.Process) -> list[str]:
 
 def difference(tmp_path: Path) -> float:
     """Largest absolute difference between the deployed adapter and that of an in-process run of the same files."""
-    from simulations.federation import federate
-
     federation = load(tmp_path / "federation.yaml", Federation).model_copy(update={"output": tmp_path / "in-process"})
     expected = products(federate(federation, read_nodes(tmp_path / "nodes.yaml")).adapter)
     found = products(read_adapter(tmp_path / "result" / "adapter")[0])

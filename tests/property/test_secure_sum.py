@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from protocol.errors import SecureSumError
 from protocol.secure_sum.coordinator import Coordinator
 from protocol.secure_sum.messages import Opening
-from protocol.secure_sum.node import Node
+from protocol.secure_sum.node import ADVERT, Node
 from protocol.secure_sum.terms import Terms
+from protocol.signature import sign
 
 STAGES = ("advertise", "share", "mask", "confirm", "open")
 KEYS = {f"node-{number:02d}": Ed25519PrivateKey.generate() for number in range(40)}
@@ -271,10 +272,33 @@ def test_a_changed_share_or_a_vector_of_another_length_ends_in_a_refusal():
         replay(node, terms).mask(boxes[terms.nodes[0]], np.zeros(terms.length + 1, np.uint32))
 
 
-def test_a_node_that_gives_wrong_shares_spoils_the_sum_and_is_noticed():
-    sums = Sum(terms_of(5))
-    sums.run(drawn(sums.terms, 3))
-    liar = sums.terms.nodes[0]
-    wrong = {name: os.urandom(66) for name in sums.openings[liar].seeds}
+def test_one_node_that_gives_wrong_shares_is_set_aside_and_more_than_can_be_spared_end_the_sum():
+    """Of five nodes four shares are needed."""
+    sums, words = Sum(terms_of(5)), drawn(terms_of(5), 3)
+    total = sums.run(words)
+    liars = sums.terms.nodes[:2]
+    lies = {name: Opening({other: os.urandom(66) for other in sums.openings[name].seeds}, {}) for name in liars}
+    assert np.array_equal(sums.coordinator.total(sums.openings | {liars[0]: lies[liars[0]]}), total)
+    assert sums.coordinator.refused.keys() == {liars[0]}
     with pytest.raises(SecureSumError):
-        sums.coordinator.total(sums.openings | {liar: Opening(wrong, {})})
+        sums.coordinator.total(sums.openings | lies)
+
+
+def test_a_node_whose_keys_would_make_all_others_give_up_is_left_out():
+    """X25519's points of small order, one key for two purposes, another node's key: signed as they should be."""
+    terms, _, adverts = started(6)
+    coordinator = Coordinator(terms, ENROLLED)
+    first, second, third, fourth = terms.nodes[:4]
+
+    def signed(name, **changed):
+        advert = replace(adverts[name], **changed)
+        return replace(advert, signature=sign(KEYS[name], ADVERT, advert.content(terms.digest, name)))
+
+    hostile = {
+        second: signed(second, masking=bytes(32)),
+        third: signed(third, masking=adverts[third].sealing),
+    }
+    assert coordinator.advertised(adverts | hostile).keys() == set(terms.nodes) - hostile.keys()
+    assert coordinator.refused.keys() == hostile.keys()
+    thief = {fourth: signed(fourth, sealing=adverts[first].sealing)}
+    assert Coordinator(terms, ENROLLED).advertised(adverts | thief).keys() == set(terms.nodes) - {fourth}

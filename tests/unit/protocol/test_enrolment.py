@@ -1,0 +1,67 @@
+"""Lists of who is enrolled: what cannot be told apart is refused, and nothing but ConfigurationError is raised."""
+
+import json
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protocol.enrolment import read_enrolled
+from protocol.errors import ConfigurationError
+from protocol.signature import fingerprint
+
+# The same in every test process, for they are part of what tests are called.
+KEYS = [Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32).public_key() for number in range(3)]
+LINES = [key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode() for key in KEYS]
+
+
+def written(folder, content):
+    path = folder / "enrolled.yaml"
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+def test_names_come_back_with_their_keys_whatever_the_comment(tmp_path):
+    found = read_enrolled(written(tmp_path, f"# the consortium\nbank: {LINES[0]} head office\nclinic two: {LINES[1]}\n"))
+    assert {name: fingerprint(key) for name, key in found.items()} == {
+        "bank": fingerprint(KEYS[0]),
+        "clinic two": fingerprint(KEYS[1]),
+    }
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "holds no name"),
+        ("[]", "holds no name"),
+        ("just words", "holds no name"),
+        ({"bank": "ssh-rsa AAAA"}, "bank is no public"),
+        ({"bank": None}, "bank is no public"),
+        ({"bank": [LINES[0]]}, "bank is no public"),
+        ({"bank": LINES[0], "clinic": LINES[0]}, "has the key of bank"),
+        ({"": LINES[0]}, "1 to 80"),
+        ({"x" * 81: LINES[0]}, "1 to 80"),
+        ({"a\nb": LINES[0]}, "1 to 80"),
+        (f"7: {LINES[0]}", "1 to 80"),
+        (f"bank: {LINES[0]}\nbank: {LINES[1]}\n", "bank"),
+    ],
+)
+def test_what_is_no_list_of_names_with_keys_of_their_own_is_refused(tmp_path, content, said):
+    with pytest.raises(ConfigurationError, match=said):
+        read_enrolled(written(tmp_path, content))
+
+
+def test_every_problem_is_told_at_once(tmp_path):
+    with pytest.raises(ConfigurationError) as told:
+        read_enrolled(written(tmp_path, {"a": "no key", "b": LINES[0], "c": LINES[0], "": LINES[1]}))
+    assert len(told.value.problems) == 3
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_raise_only_a_configuration_error(tmp_path_factory, content):
+    path = tmp_path_factory.mktemp("any") / "enrolled.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigurationError):
+        read_enrolled(path)
