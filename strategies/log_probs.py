@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 Pair = tuple[Sequence[int], Sequence[int]]
 
 
-def token_log_probs(model: Any, pairs: Sequence[Pair], pad: int, batch_size: int) -> "list[Tensor]":
+def token_log_probs(model: Any, pairs: Sequence[Pair], pad: int, batch_size: int, temperature: float = 1.0) -> "list[Tensor]":
     """``log p(token | all before it)`` of each answer's tokens.
 
     Args:
@@ -17,6 +17,7 @@ def token_log_probs(model: Any, pairs: Sequence[Pair], pad: int, batch_size: int
         pairs: Token ids of a prompt and of its answer. An answer without a prompt has no probability for its first token.
         pad: Any token id.
         batch_size: Pairs that are read at once; those of like length go together.
+        temperature: What the logits are divided by, as for a draw at this temperature.
 
     Returns:
         A float64 tensor on the CPU for each pair, with a number per answer token.
@@ -37,7 +38,8 @@ def token_log_probs(model: Any, pairs: Sequence[Pair], pad: int, batch_size: int
             logits = model(input_ids=batch, attention_mask=mask).logits[:, -batch.shape[1] :]
             for row, at in enumerate(part):
                 end, begin = len(ids[row]), max(len(pairs[at][0]), 1)
-                losses = cross_entropy(logits[row, begin - 1 : end - 1].double(), batch[row, begin:end], reduction="none")
+                told = logits[row, begin - 1 : end - 1].double() / temperature
+                losses = cross_entropy(told, batch[row, begin:end], reduction="none")
                 found[at] = -losses.cpu()
     return [found[at] for at in range(len(pairs))]
 

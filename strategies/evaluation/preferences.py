@@ -42,7 +42,8 @@ def figures(
         - kto: ``loss`` (arXiv:2402.01306, eq. 8, with ``z_0`` once, over all rows), ``reward-desirable``,
           ``reward-undesirable`` (means; absent where there are no such rows).
         - reward: ``loss`` and ``accuracy``, as for dpo with the model's own scores.
-        - rl: ``reward`` of one answer to each prompt, drawn at the plan's temperature, and ``kl`` to the reference, per token.
+        - rl: ``reward`` of one answer to each prompt, drawn at the plan's temperature, and ``kl`` to the reference at that
+          temperature, per token: the mean of ``log pi - log pi_ref`` over what was drawn, which chance may take below zero.
     """
     of = {"dpo": _dpo, "kto": _kto, "reward": _reward, "rl": _rl}[plan.objective]
     return of(plan, base, list(rows), adapter, reference)
@@ -110,11 +111,12 @@ def _rl(plan: Plan, base: Base, rows: list[dict[str, Any]], adapter: Adapter | N
     )
     pairs: list[Pair] = [(row["prompt_ids"], answer) for row, answer in zip(rows, answers, strict=True)]
     pad = int(tokenizer.pad_token_id or 0)
-    own = token_log_probs(model, pairs, pad, size)
+    own = token_log_probs(model, pairs, pad, size, settings.temperature)
     del model
-    others = token_log_probs(with_adapter(plan, base, reference)[0], pairs, pad, size)
-    # k3 of http://joschu.net/blog/kl-approx.html, which GRPO takes too (arXiv:2402.03300, eq. 4): never negative.
-    distances = [float(((b - a).exp() - (b - a) - 1).sum()) for a, b in zip(own, others, strict=True)]
+    others = token_log_probs(with_adapter(plan, base, reference)[0], pairs, pad, size, settings.temperature)
+    # Not GRPO's estimate, which is never negative (arXiv:2402.03300, eq. 4): it adds pi_ref / pi - 1, whose mean is zero by
+    # tokens that a policy which says one thing hardly ever draws. There it reads up to one nat a token too little.
+    distances = [float((a - b).sum()) for a, b in zip(own, others, strict=True)]
     texts = [str(tokenizer.decode(answer, skip_special_tokens=True)) for answer in answers]
     rewards = [reward([row["prompt"] for row in rows], texts) for reward in rewards_of(plan)]
     return {

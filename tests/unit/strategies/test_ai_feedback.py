@@ -11,7 +11,7 @@ from fedge import app
 from protocol.adapter import Adapter
 from protocol.errors import ConfigurationError, DataError
 from protocol.files import read_adapter
-from protocol.objective_settings import AiFeedbackSettings
+from protocol.objective_settings import AiFeedbackSettings, DpoSettings
 from protocol.plan import Plan
 from strategies.base_model import find, load_tokenizer
 from strategies.data.ai_feedback import made, pairs, stand_ins
@@ -19,9 +19,11 @@ from strategies.data.encode import encode, prompt_ids
 from strategies.data.formats import Preference, Prompt
 from strategies.data.formats import load as load_rows
 from strategies.evaluation.measure import measure
+from strategies.evaluation.preferences import figures
 from strategies.job import Job
 from strategies.training import fit
 
+NOTHING = Adapter()
 ROWS = [Prompt(({"role": "user", "content": f"Which room has number {n}?"},)) for n in range(24)]
 RULES = """
 def vowels(prompts, answers):
@@ -205,35 +207,51 @@ def by_rule(tmp_path, monkeypatch):
     (tmp_path / "rules_of_the_ai_test.py").write_text(RULES)
     monkeypatch.syspath_prepend(tmp_path)
     plan = rewarded(reward_functions=["rules_of_the_ai_test:vowels"])
-    return lambda adapter=None: measure(plan, find("tiny"), ROWS, adapter)
+    return lambda adapter: measure(plan, find("tiny"), ROWS * 4, adapter)
+
+
+def drawn(plan, adapter, reference=NOTHING):
+    """Of four answers to each prompt: the mean reward, and how far an answer leads away from the reference, in nats."""
+    base = find("tiny")
+    rows = encode(ROWS * 4, load_tokenizer(base), plan.data.max_length, "rl").rows
+    found = figures(plan, base, rows, adapter, reference)
+    return found["reward"].value, found["kl"].rows[:, 0].mean()
 
 
 @pytest.mark.slow
-def test_dpo_on_a_judges_labels_raises_what_the_judge_likes(by_rule):
-    """RLAIF: no answer and no label of people. Who always says one thing is log(1536) = 7.3 nats a token away."""
-    training = {"max_steps": 40, "learning_rate": 3e-3, "batch_size": 16}
+def test_preferences_of_a_judge_raise_what_it_likes_and_ipo_bounds_the_distance(by_rule):
+    """RLAIF: no answer and no label of people.
+
+    A judge that never wavers lets DPO's own loss walk away at any beta; IPO (Azar et al. 2023, arXiv:2310.12036, eq. 6) raises
+    P(the policy's answer is preferred) - beta KL, which is 1/2 where it begins and never above 1 - beta KL: KL is below
+    1 / (2 beta), by TRL's loss per token.
+    """
+    training, beta = {"max_steps": 40, "learning_rate": 3e-3, "batch_size": 16}, 1.0
     with serving(preferring(vowels)) as chat:
         plan = plan_of(chat, max_new_tokens=24, answers=4, training=training)
-        pairs_made = made(ROWS * 4, plan, find("tiny"), Adapter(), training=True)
-        adapter = fit(plan, find("tiny"), pairs_made.rows).adapter
-    before, after = by_rule(), by_rule(adapter)
+        plan = plan.model_copy(update={"dpo": DpoSettings(loss_type="ipo", beta=beta)})
+        adapter = fit(plan, find("tiny"), made(ROWS * 4, plan, find("tiny"), Adapter(), training=True).rows).adapter
+    before, after = by_rule(NOTHING), by_rule(adapter)
     assert after["reward"] > 1.2 * before["reward"]
-    assert after["kl"] < 1.0
+    assert 0 < after["kl"] < 1 / (2 * beta)
+
+
+# RLOO raises E[reward] - beta KL(answer) (arXiv:2402.14740), which is the mean reward where training begins: a policy that is
+# worth more than it was is at most (gain of mean reward) / beta nats an answer away.
 
 
 @pytest.mark.slow
-def test_rl_by_a_judges_marks_raises_what_the_judge_likes(by_rule):
+def test_rl_by_a_judges_marks_raises_what_the_judge_likes_and_pays_for_the_distance(by_rule):
     with serving(lambda request: str(min(9, 1 + round(vowels(shown(request)["answer"]))))) as chat:
-        plan = rewarded(judge=endpoint(chat), training={"max_steps": 20})
+        plan = rewarded(algorithm="rloo", beta=0.5, judge=endpoint(chat), training={"max_steps": 20})
         adapter = fit(plan, find("tiny"), ROWS).adapter
-        assert measure(plan, find("tiny"), ROWS, adapter)["reward"] > measure(plan, find("tiny"), ROWS)["reward"]
-    before, after = by_rule(), by_rule(adapter)
-    assert after["reward"] > 1.2 * before["reward"]
-    assert after["kl"] < 1.0
+        (before, _), (after, distance) = drawn(plan, NOTHING), drawn(plan, adapter)
+    assert 0 < distance < (after - before) / plan.rl.beta
+    assert by_rule(adapter)["reward"] > 1.2 * by_rule(NOTHING)["reward"]
 
 
 @pytest.mark.slow
-def test_sft_then_a_reward_model_then_rl_raises_what_people_like(by_rule, tmp_path):
+def test_sft_then_a_reward_model_then_rl_raises_what_people_like_and_pays_for_the_distance(by_rule, tmp_path):
     """RLHF, each stage on what the one before left: the people are a rule, which the policy never sees."""
     from protocol.files import write_adapter
     from protocol.manifest import Manifest
@@ -250,8 +268,11 @@ def test_sft_then_a_reward_model_then_rl_raises_what_people_like(by_rule, tmp_pa
     learnt = fit(reader, base, preferred).adapter
     manifest = Manifest(base_digest=base.digest, kind="global", r=4, federation="x", round=1, parent="", num_examples=1)
     write_adapter(tmp_path / "reward", learnt, manifest, reader)
-    plan = rewarded(reward_model=str(tmp_path / "reward"), training={"max_steps": 20})
-    policy = fit(plan, base, ROWS, start=tuned, reference=tuned).adapter
-    before, after = by_rule(tuned), by_rule(policy)
-    assert after["reward"] > 1.2 * before["reward"]
-    assert measure(plan, base, ROWS, policy, tuned)["kl"] < 1.0
+    distance = {}
+    for beta in (0.0, 3.0):
+        plan = rewarded(algorithm="rloo", beta=beta, reward_model=str(tmp_path / "reward"), training={"max_steps": 20})
+        policy = fit(plan, base, ROWS, start=tuned, reference=tuned).adapter
+        (before, _), (after, distance[beta]) = drawn(plan, tuned, tuned), drawn(plan, policy, tuned)
+        assert by_rule(policy)["reward"] > 1.2 * by_rule(tuned)["reward"]
+    assert 0 < distance[3.0] < (after - before) / 3.0
+    assert distance[3.0] < distance[0.0], "without a pull it says the one thing that the reward model likes best"

@@ -15,6 +15,7 @@ from strategies.base_model import CHAT_TEMPLATE, find
 from strategies.data.formats import Feedback, PlainText, Preference, Prompt, ScoredText
 from strategies.evaluation.measure import measure
 from strategies.methods import registry
+from strategies.writer import continuations
 
 NAMES = ["Tim", "Lily", "Ben", "Sam", "Mia", "Tom", "Ann"]
 PROMPTS = [({"role": "user", "content": f"Where is {name}?"},) for name in NAMES]
@@ -207,3 +208,38 @@ def test_rl_measures_the_reward_of_drawn_answers_and_their_distance(base, monkey
     assert moved == measure(plan, find(base), rows, adapter), "the same seed draws the same answers"
     assert 0 < alone["reward"] <= 12 * 20
     assert measure(plan, find(base), rows, adapter, adapter)["kl"] == 0
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_the_distance_of_a_policy_is_its_exact_divergence_but_for_the_draw(base, monkeypatch, tmp_path, temperature):
+    """Oracle: the sum over the whole vocabulary at each place of the same answers, of plain models, at the draw's temperature.
+
+    What is drawn differs from it by a martingale, whose variance the same tables give: four standard errors are allowed.
+    """
+    import torch
+
+    (tmp_path / "rule_of_this_test.py").write_text("def length(prompts, answers):\n    return [len(a) for a in answers]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = {"reward_functions": ["rule_of_this_test:length"], "max_completion_length": 12, "temperature": temperature}
+    plan = plan_of(base, "rl", rl=settings)
+    adapter, rows = drawn(plan), [Prompt(prompt) for prompt in PROMPTS * 10]
+    reference, policy, tokenizer = plain(base, plan, adapter, tmp_path)
+    prompts = [tokenizer.apply_chat_template(list(row.prompt), add_generation_prompt=True)["input_ids"] for row in rows]
+    answers = continuations(
+        policy, tokenizer, prompts, temperature=temperature, max_new_tokens=12, batch_size=4, seed=plan.training.seed
+    )
+    nats = variance = 0.0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        with torch.no_grad():
+            own, other = (
+                (model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].double() / temperature).log_softmax(-1)
+                for model in (policy, reference)
+            )
+        ratio = own - other
+        exact = (own.exp() * ratio).sum(-1)
+        nats += float(exact.sum())
+        variance += float((own.exp() * (ratio - exact[:, None]) ** 2).sum())
+    tokens = sum(map(len, answers))
+    found = measure(plan, find(base), rows, adapter)["kl"]
+    assert nats / tokens > 0.1
+    assert found == pytest.approx(nats / tokens, abs=4 * math.sqrt(variance) / tokens)

@@ -29,7 +29,7 @@ def test_dpo_tells_held_out_pairs_apart(data):
     )
     rows = load_rows(data / "pref" / "dpo_en.jsonl", plan)
     held_out, train = rows[::3], [row for at, row in enumerate(rows) if at % 3]
-    assert measure(plan, base, held_out)["reward-accuracy"] == 0.5
+    assert measure(plan, base, held_out)["reward-accuracy"] == 0, "against itself a model tells nothing apart"
     found = measure(plan, base, held_out, fit(plan, base, train).adapter)
     pairs = len(encode(held_out, load_tokenizer(base), 768, "dpo").rows)
     won = np.arange(pairs) < round(found["reward-accuracy"] * pairs)
