@@ -4,7 +4,8 @@ An update is a bundle without the files that the device has already: its manifes
 there is nothing else to sign, and it goes onto any older version that holds the files which it lacks.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,11 +50,11 @@ def write_bundle(
         BundleError: Something is there already, a file is missing or cannot be part of a bundle, or the disk is too small.
         OSError: It cannot be written; then nothing is.
     """
-    _check_free(target)
+    check_new(target)
     sizes = {path: _size(path, source) for path, source in content.items()}
     manifest_of(description, {path: File(sha256="0" * 64, size_bytes=size) for path, size in sizes.items()})  # before work
     check_room(target, sum(sizes.values()))
-    with whole_folder(target) as draft:
+    with _whole(target) as draft:
         files = {path: placed(draft / path, _pieces(source)) for path, source in sorted(content.items())}
         if judge:
             once = make_key()
@@ -124,17 +125,24 @@ def write_update(target: Path, old: Path, new: Path, trusted: Iterable[Ed25519Pu
         trusted: Who signed both.
 
     Raises:
-        BundleError: One of both does not hold, they are of different names, or ``new`` is not newer.
+        BundleError: One of both does not hold, they are of different names, ``new`` is not newer, or ``target`` is there
+            already or lies in one of them.
         OSError: It cannot be written; then nothing is.
     """
-    _check_free(target)
+    check_new(target, old, new)
     keys = tuple(trusted)
-    before, _, _ = signed_manifest(old, keys)
+    (before, _, _), (after, _, _) = signed_manifest(old, keys), signed_manifest(new, keys)
+    if after.name == before.name and after.version <= before.version:
+        than = "older than" if after.version < before.version else "the same as"
+        raise BundleError(
+            f"{new}: is version {after.version}, {than} version {before.version} in {old}; the bundle that devices have comes "
+            "first, the later one second"
+        )
     after = verified(new, keys, name=before.name, lowest_version=before.version + 1)
     _, content, signature = signed_manifest(new, keys)
     told = difference(before, after)
     check_room(target, told.update_bytes)
-    with whole_folder(target) as draft:
+    with _whole(target) as draft:
         for path in _lacking(before, after):
             placed(draft / path, chunks(new, path, after.files[path]))
         placed(draft / MANIFEST, [content])
@@ -154,9 +162,30 @@ def _seal(draft: Path, manifest: BundleManifest, key: Ed25519PrivateKey) -> None
         placed(draft / path, [piece])
 
 
-def _check_free(target: Path) -> None:
+def check_new(target: Path, *sources: Path) -> None:
+    """Makes sure that there is nothing at ``target`` yet, and that it would lie in none of the bundles that it is made from.
+
+    Raises:
+        BundleError: Something is, or it would.
+    """
     if target.exists() or target.is_symlink():
         raise BundleError(f"{target}: is there already; bundles do not change, so name another folder or remove it")
+    for source in sources:
+        if target.resolve().is_relative_to(source.resolve()):
+            raise BundleError(
+                f"{target}: lies in {source}, which would hold more than its manifest lists; name a folder beside it"
+            )
+
+
+@contextmanager
+def _whole(target: Path) -> Iterator[Path]:
+    """A folder that becomes ``target``, unless another writer was faster."""
+    try:
+        with whole_folder(target, replaces=False) as draft:
+            yield draft
+    except FileExistsError:
+        check_new(target)
+        raise
 
 
 def _size(path: str, source: Path | bytes) -> int:

@@ -21,7 +21,9 @@ Signer = Annotated[
 Adapters = Annotated[
     list[str] | None, typer.Option("--adapter", help="Adapter folder, as NAME=FOLDER or FOLDER; may be given several times.")
 ]
-Budget = Annotated[list[str] | None, typer.Option(help="Bound of the parity gate in place of the profile's: NAME=NUMBER.")]
+Budget = Annotated[
+    list[str] | None, typer.Option(help="Bound of the comparison in place of the profile's, tighter or looser: NAME=NUMBER.")
+]
 MaxBytes = Annotated[int | None, typer.Option(min=1, help="Most that the weights may take; within it layers keep 8 bits.")]
 Job = Annotated[Path | None, typer.Option(help="The YAML file that the adapters were trained with.")]
 Rows = Annotated[Path | None, typer.Option(help="Rows to compare on, with their answers or labels; needs --job.")]
@@ -46,15 +48,10 @@ def keygen(
     as_json: Json = False,
 ) -> None:
     """Makes a key to sign bundles with; devices are given the public one."""
-    from protocol.errors import SignatureError
-    from protocol.signature import fingerprint, make_key, write_private, write_public
+    from protocol.signature import fingerprint, make_key, write_pair
 
-    public = path.with_name(f"{path.name}.pub")
-    if public.exists():
-        raise SignatureError(f"{public}: there is a file already; choose another path")
     key = make_key()
-    write_private(path, key)
-    write_public(public, key.public_key(), comment)
+    public = write_pair(path, key, comment)
     printed = fingerprint(key.public_key())
     lines = [f"{path}: keep it to yourself", f"{public}: for every device", printed]
     tell({"private": str(path), "public": str(public), "fingerprint": printed}, lines, as_json)
@@ -94,7 +91,7 @@ def export(
         name=name,
         version=version,
         merge=merge,
-        plan=_plan(job),
+        plan=_plan(job, rows=rows, calibration=calibration),
         rows=rows,
         calibration=calibration,
         largest_bytes=max_bytes,
@@ -133,21 +130,24 @@ def add(
     budget: Budget = None,
     as_json: Json = False,
 ) -> None:
-    """Makes the next version of a bundle with more adapters; the base is not exported again."""
+    """Makes the next version of a bundle with more adapters, or others in place of those of the same names."""
     from edge.make import add_adapters
+    from edge.runtime.verify import signed_manifest
 
+    adapters, signer, plan = _named(adapter), _signer(key), _plan(job, rows=rows)
+    there, _, _ = signed_manifest(bundle, [signer.public_key()])
     made = add_adapters(
         bundle,
-        _named(adapter),
+        adapters,
         output,
-        _signer(key),
+        signer,
         base_model=base_model,
-        plan=_plan(job),
+        plan=plan,
         rows=rows,
         budget=_bounds(budget),
         say=_say,
     )
-    _made(made, key, as_json)
+    _made(made, key, as_json, sorted(adapters.keys() & there.adapters.keys()))
 
 
 @edge.command("hand-over")
@@ -185,16 +185,21 @@ def update_make(
     from edge.bundle import write_update
 
     made = write_update(output, old, new, trusted(key))
-    lines = [f"{output}: {made.update_bytes:,} of {made.whole_bytes:,} bytes", *device_commands.changes(made)]
-    tell({"output": str(output), **asdict(made)}, lines, as_json)
+    travels = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    lines = [f"{output}: {made.update_bytes:,} of {made.whole_bytes:,} bytes, {travels:,} with manifest and signature"]
+    tell({"output": str(output), "size_bytes": travels, **asdict(made)}, [*lines, *device_commands.changes(made)], as_json)
 
 
-def _made(folder: Path, key: Path, as_json: bool) -> None:
+def _made(folder: Path, key: Path, as_json: bool, replaced: Sequence[str] | None = None) -> None:
     from edge.runtime.verify import verified
     from protocol.signature import read_private
 
     manifest = verified(folder, [read_private(key).public_key()])
-    tell(device_commands.facts(folder, manifest), device_commands.summary(folder, manifest), as_json)
+    told, lines = device_commands.facts(folder, manifest), device_commands.summary(folder, manifest)
+    if replaced is not None:
+        told["replaced"] = replaced
+        lines += [f"  {name}: replaced the adapter of this name" for name in replaced]
+    tell(told, lines, as_json)
 
 
 @contextmanager
@@ -262,8 +267,15 @@ def _one_of(option: str, found: str | None, known: tuple[str, ...]) -> Any:
     return found
 
 
-def _plan(job: Path | None) -> "Plan | None":
+def _plan(job: Path | None, **files: Path | None) -> "Plan | None":
+    """The plan of a job, without which nobody knows what is wanted of rows."""
     if job is None:
+        from protocol.errors import ConfigurationError
+
+        if wrong := [
+            f"--{name} needs --job: the YAML file that says what is wanted of its rows" for name in files if files[name]
+        ]:
+            raise ConfigurationError("command line", wrong)
         return None
     from protocol.configuration import load
     from strategies.job import Job

@@ -12,11 +12,11 @@ from edge.export import Exported
 from edge.gate import BASE
 from edge.parity import Kind
 from edge.runtime.manifest import BundledAdapter, BundleManifest, DecoderShape, Description, EncoderShape
-from protocol.errors import AdapterError, shown
+from protocol.errors import AdapterError, ModelError, shown
 from protocol.files import Stored
-from protocol.plan import Plan
+from protocol.plan import Objective, Plan
 from strategies.adapters.version import NAME
-from strategies.base_model import Base, configuration
+from strategies.base_model import Base, check_weights, configuration, heads, skeleton
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,6 +48,50 @@ def kind_of(base: Base, stored: Sequence[Stored]) -> Kind:
         return "classifier"
     writes = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in built)
     return "decoder" if tasks or writes else "embedder"
+
+
+def check_heads(base: Base, kind: Kind, stored: Mapping[str, Stored]) -> list[str]:
+    """Makes sure that nothing classifies by a head that was drawn at random.
+
+    Args:
+        base: What is exported.
+        kind: What for.
+        stored: Adapters by name.
+
+    Returns:
+        What a user of the bundle must know of its base alone.
+
+    Raises:
+        ModelError: The checkpoint holds no head, and nothing or not everything that is given brings one.
+    """
+    if kind != "classifier" or not (lacking := missing_head(base)):
+        return []
+    if without := [name for name, each in stored.items() if not lacking <= each.adapter.dense.keys()]:
+        raise ModelError(
+            f"{base.name!r} holds no trained {min(lacking)}, nor does the adapter {', '.join(without)}; what it says would be "
+            "drawn at random: use an adapter that was trained to classify"
+        )
+    if not stored:
+        raise ModelError(
+            f"{base.name!r} holds no trained {min(lacking)}: its labels would be drawn at random; give an adapter that was "
+            "trained to classify, or export it as an embedder"
+        )
+    return ["the base alone classifies at random: its head was never trained, every adapter brings one; do not use it without"]
+
+
+def missing_head(base: Base) -> set[str]:
+    """Parameters of a classifier's head that the checkpoint lacks."""
+    labels = list(configuration(base).id2label.values())
+    objective: Objective = "classification" if len(labels) > 1 else "reward"
+    model = skeleton(base, objective, labels)
+    own, found = heads(model, objective), set()
+    for name, _ in model.named_parameters():
+        if name.partition(".")[0] in own:
+            try:
+                check_weights(base, [name], model.base_model_prefix)
+            except ModelError:
+                found.add(name)
+    return found
 
 
 def described(

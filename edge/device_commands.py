@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -24,6 +25,8 @@ AnyVersion = Annotated[
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="Of one answer; else every processor.")]
 Adapter = Annotated[list[str] | None, typer.Option(help="Id of one of the bundle's, or an .onnx_adapter file.")]
+
+_COLUMNS = 80
 
 
 def mount(edge: typer.Typer, update: typer.Typer) -> None:
@@ -61,7 +64,7 @@ def diff(
     key: Trusted,
     as_json: Json = False,
 ) -> None:
-    """Compares two bundles: what changed, and what an update from one to the other would carry."""
+    """Compares what two bundles say of themselves: what changed, what an update would carry. ``verify`` reads their files."""
     from dataclasses import asdict
 
     from edge.bundle import difference
@@ -71,6 +74,7 @@ def diff(
     (before, _, _), (after, _, _) = signed_manifest(old, keys), signed_manifest(new, keys)
     made = difference(before, after)
     lines = [f"{_title(before)} → {_title(after)}: an update is {made.update_bytes:,} of {made.whole_bytes:,} bytes"]
+    lines.append("  as both manifests are signed; the files themselves were not read")
     tell(asdict(made), [*lines, *changes(made)], as_json)
 
 
@@ -79,6 +83,9 @@ def apply(
     update: Annotated[Path, typer.Argument(help="The update, from anywhere.")],
     output: Annotated[Path, typer.Argument(help="New folder for the next version, beside the bundle.")],
     key: Trusted,
+    copy: Annotated[
+        bool, typer.Option("--copy", help="Copies unchanged files too; else both bundles share them on the disk.")
+    ] = False,
     any_version: AnyVersion = False,
     as_json: Json = False,
 ) -> None:
@@ -87,7 +94,7 @@ def apply(
     from edge.runtime.update import apply_update
 
     state = None if any_version else output.resolve().parent / FOLDER
-    manifest = apply_update(bundle, update, output, trusted(key), state=state)
+    manifest = apply_update(bundle, update, output, trusted(key), state=state, copies=copy)
     tell(facts(output, manifest), [f"{output}: {_title(manifest)}, every byte as it was signed"], as_json)
 
 
@@ -96,6 +103,7 @@ def run(
     texts: Annotated[list[str], typer.Argument(help="Questions to answer, or texts to classify or embed.")],
     key: Trusted,
     adapter: Adapter = None,
+    compare: Annotated[bool, typer.Option("--compare", help="The base answers beside the adapters.")] = False,
     system: Annotated[str | None, typer.Option(help="System message before each question.")] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Goes on from each text, without the chat template.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
@@ -109,9 +117,10 @@ def run(
     any_version: AnyVersion = False,
     as_json: Json = False,
 ) -> None:
-    """Answers, classifies or embeds with the base, and with each adapter that is named."""
+    """Answers, classifies or embeds with each adapter that is named; with the base where none is."""
     model = _opened(bundle, key, adapter or [], threads, any_version)
-    whose = {"base": None, **{name: name for name in model.adapters}}
+    whose: dict[str, str | None] = {} if model.adapters and not compare else {"base": None}
+    whose |= {name: name for name in model.adapters}
     if model.manifest.kind == "decoder":
         said: list[Any] = [text if plain else _conversation(system, text) for text in texts]
         settings: dict[str, Any] = {
@@ -205,14 +214,20 @@ def facts(folder: Path, manifest: "BundleManifest") -> dict[str, Any]:
 
 def summary(folder: Path, manifest: "BundleManifest") -> list[str]:
     """What its maker wants to see of a bundle."""
+    from edge.report import written
+
     lines = [f"{folder}: {_title(manifest)}, {manifest.kind} of {manifest.base_model}, {manifest.size_bytes / 1e6:,.1f} MB"]
     for name, figures in manifest.parity.items():
         shares = {"KL": figures.kl, "top-1": figures.top1, "cosine": figures.cosine}
-        told = [f"largest difference {figures.largest_logit_difference:.2g}"]
-        told += [f"{what} {value:.4g}" for what, value in shares.items() if value is not None]
-        told += [f"{what} {before:.4g} → {after:.4g}" for what, (before, after) in figures.metrics.items()]
-        lines.append(f"  {name}: {', '.join(told)}")
-    return lines + [f"  note: {remark}" for remark in manifest.remarks]
+        told = [f"largest difference {written(figures.largest_logit_difference)}"]
+        told += [f"{what} {written(value)}" for what, value in shares.items() if value is not None]
+        told += [f"{what} {written(before)} → {written(after)}" for what, (before, after) in figures.metrics.items()]
+        lines += _folded(f"  {name}: {', '.join(told)}")
+    return lines + [line for remark in manifest.remarks for line in _folded(f"  note: {remark}")]
+
+
+def _folded(line: str) -> list[str]:
+    return wrap(line, _COLUMNS, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
 
 
 def changes(made: "Difference") -> list[str]:
@@ -262,7 +277,7 @@ def _token(variable: str | None) -> str | None:
         return None
     found = os.environ.get(variable)
     if not found:
-        raise ConfigurationError("environment", [f"{variable}: holds no token; set it before the command runs"])
+        raise ConfigurationError("environment", [f"{variable}: holds no token; set what --token-env names beforehand"])
     return found
 
 

@@ -13,6 +13,7 @@ from edge.report import report
 from edge.runtime.manifest import Parity
 from edge.runtime.model import Model
 from edge.runtime.model import open as opened
+from protocol.errors import BundleError
 
 BASE = "base"
 _STEPS = 8  # tokens of every text that are read one by one, through the cache
@@ -69,7 +70,10 @@ class Gate:
     def _compared(self, model: Model, name: str, limits: Mapping[str, float]) -> Parity:
         adapter = None if name == BASE else model.load_adapter(name)
         probes = self.probes.get(name, self.probes[BASE])
-        found = compare(model.manifest.kind, self.original.outputs(name), reading(model, adapter), probes)
+        try:
+            found = compare(model.manifest.kind, self.original.outputs(name), reading(model, adapter), probes)
+        except BundleError as error:
+            raise BundleError(f"{name}: {error}") from None
         bound = measured(found).keys() - self.unbound.get(name, frozenset())
         held = {figure: limit for figure, limit in limits.items() if figure in bound}
         return found.model_copy(update={"budgets": held})

@@ -6,6 +6,7 @@ from pathlib import Path
 import onnx_ir
 
 from edge.room import check_disk
+from protocol.errors import BundleError, shown
 
 MODEL, WEIGHTS = "model.onnx", "model.onnx.data"
 # So that a runtime can map a large tensor into memory as it is; small ones lie close together.
@@ -38,6 +39,37 @@ def save(model: onnx_ir.Model, folder: Path) -> tuple[Path, Path]:
                 path.unlink(missing_ok=True)
         raise
     return paths
+
+
+def load(path: Path) -> onnx_ir.Model:
+    """Reads a graph whose digest, and that of its weights, somebody has checked; large weights stay on disk until asked for.
+
+    The weights may have several names on the disk, as after an update: of files that nobody checked onnx_ir takes that for an
+    attack, and asks it only of those that are looked for in a folder.
+
+    Args:
+        path: Of ``save``.
+
+    Raises:
+        BundleError: Its weights lie elsewhere than beside it.
+    """
+    model = onnx_ir.load(path)
+    for value in model.graph.initializers.values():
+        held = value.const_value
+        if isinstance(held, onnx_ir.ExternalTensor):
+            if str(held.location) != WEIGHTS:
+                raise BundleError(f"{path}: its weights lie in {shown(str(held.location), 100)!r}; expected {WEIGHTS}")
+            value.const_value = onnx_ir.ExternalTensor(
+                path.absolute().with_name(WEIGHTS),
+                held.offset,
+                held.length,
+                held.dtype,
+                shape=onnx_ir.Shape(held.shape),
+                name=held.name,
+            )
+        elif isinstance(held, onnx_ir.TensorProtoTensor):  # these cannot be written again
+            value.const_value = onnx_ir.tensor(held.numpy(), name=value.name)
+    return model
 
 
 def forget_origin(model: onnx_ir.Model) -> None:

@@ -53,7 +53,7 @@ def to_genai(base: Base, output: Path, precision: GenaiPrecision = "int4") -> Pa
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     if width % 16:  # the builder would write it, and its runtime would fail at the first token
         raise ModelError(f"{base.name!r}: heads of {width} numbers; onnxruntime-genai's attention takes multiples of 16")
-    with whole_folder(output) as draft, tempfile.TemporaryDirectory() as cache:
+    with whole_folder(output, replaces=False) as draft, tempfile.TemporaryDirectory() as cache:
         # Its modules import each other by bare names: it runs as a program, not as a library.
         command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(base.folder), "-o", str(draft)]
         command += ["-p", precision, "-e", "cpu", "-c", cache]

@@ -8,12 +8,11 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import onnx_ir
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from edge import adapter_file, graph_file, probes, tokenizer
-from edge.bundle import write_bundle
-from edge.described import context_tokens, described, fields_of, kind_of, listed, misnamed
+from edge.bundle import check_new, write_bundle
+from edge.described import check_heads, context_tokens, described, fields_of, kind_of, listed, misnamed
 from edge.export import Pooling, export
 from edge.gate import BASE, Gate, reading
 from edge.parity import Kind, Outputs, Probe, limits_of
@@ -30,14 +29,15 @@ from edge.runtime.manifest import (
 from edge.runtime.model import Model
 from edge.runtime.model import open as opened
 from edge.runtime.verify import verified
-from protocol.errors import BundleError, ConfigurationError
-from protocol.files import Stored, read_stored
+from protocol.errors import AdapterError, BundleError, ConfigurationError
+from protocol.files import Stored, read_stored, sweep
 from protocol.plan import Plan
 from strategies.adapters.merge import merge
 from strategies.base_model import Base, find, load_tokenizer
 from strategies.evaluation.source import of_file
 
 if TYPE_CHECKING:
+    from onnx_ir import Model as Graph
     from transformers import PreTrainedTokenizerBase
 
 Say = Callable[[str], None]
@@ -126,7 +126,7 @@ def make_bundle(request: Request, say: Say = lambda line: None) -> Path:
     """
     _, loose = _checked(request)
     base = find(request.base_model)
-    stored = {name: read_stored(folder, base_digest=base.digest) for name, folder in request.adapters.items()}
+    stored = _read(request.adapters, base)
     if not request.merge:
         for each in stored.values():
             adapter_file.check_method(each)
@@ -172,7 +172,11 @@ def add_adapters(
         AdapterError: One does not fit the bundle.
         BundleError: ``bundle`` is none, or with one of the adapters it is too far from PyTorch.
     """
-    if wrong := list(misnamed({f"adapters.{name}": name for name in adapters})):
+    check_new(output, bundle)
+    wrong = list(misnamed({f"adapters.{name}": name for name in adapters}))
+    if not adapters:
+        wrong.append("adapters: found none, expected at least one: the next version would be this one again")
+    if wrong:
         raise ConfigurationError("bundle", wrong)
     manifest = verified(bundle, [key.public_key()])
     _, loose = limits_of(manifest.profile, budget or {})
@@ -182,7 +186,8 @@ def add_adapters(
             f"{bundle}: was made from base {manifest.base_digest[:12]}, and {base.name!r} is {base.digest[:12]}; name the base "
             "that it was made from"
         )
-    stored = {name: read_stored(folder, base_digest=base.digest) for name, folder in adapters.items()}
+    stored = _read(adapters, base)
+    check_heads(base, manifest.kind, stored)
     pooling = manifest.encoder.pooling if manifest.encoder else None
     original = torch_of(base, manifest.kind, manifest.labels, stored, plan, load_tokenizer(base), pooling)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=_parent(output)) as folder:
@@ -223,6 +228,7 @@ def requantise(
     Raises:
         BundleError: ``bundle`` is none or of another profile, or the new one is too far from it.
     """
+    check_new(output, bundle)
     _, loose = limits_of(profile, budget or {})
     source = opened(bundle, key.public_key(), state=None)
     manifest = source.manifest
@@ -234,7 +240,7 @@ def requantise(
         say(f"holding the weights as {profile}")
         said = None if manifest.chat is None else (lambda text: source.prompt_ids([{"role": "user", "content": text}]))
         own = probes.default(source.prompt_ids, said, context_tokens(manifest))
-        made = _quantised(_graph(bundle), profile, own, None, largest_bytes)
+        made = _quantised(graph_file.load(bundle / MODEL), profile, own, None, largest_bytes)
         graph_file.save(made.model, Path(folder))
         files = {path: bundle / path for path in manifest.files if not path.startswith(MODEL) and path != REPORT}
         told = fields_of(manifest) | {"profile": profile, "parity": {}}
@@ -261,10 +267,11 @@ def _drafted(
         stored = {BASE: next(iter(stored.values()))}
         source = find(str(merge(base, stored[BASE], scratch / "merged", plan=request.plan, dtype="fp32").folder))
         remarks = [f"adapter {stored[BASE].adapter.digest()[:12]} is part of the base"]
+    beside = {name: each for name, each in stored.items() if name != BASE}
+    remarks += check_heads(source, kind, beside)
     say(f"exporting {request.base_model} as a {kind}")
     exported = export(source, kind, pooling=request.pooling)
     original = torch_of(base, kind, exported.labels, stored, request.plan, words, request.pooling)
-    beside = {name: each for name, each in stored.items() if name != BASE}
     adapters = {name: listed(each, original.plans[name]) for name, each in beside.items()}
     name = request.name or request.output.name
     told = described(name, request.version, request.profile, exported, base, words, adapters)
@@ -282,8 +289,7 @@ def _drafted(
 def _checked(request: Request) -> tuple[dict[str, float], list[str]]:
     """The bounds and the loosened ones, after everything that can be seen to be wrong without a model."""
     wrong = []
-    if request.output.exists():
-        raise BundleError(f"{request.output}: is there already; bundles do not change, so name another folder or remove it")
+    check_new(request.output)
     if request.merge and len(request.adapters) != 1:
         wrong.append(f"merge: found {len(request.adapters)} adapters, expected the one that is to be part of the base")
     wrong += [
@@ -301,6 +307,17 @@ def _checked(request: Request) -> tuple[dict[str, float], list[str]]:
     return limits_of(request.profile, request.budget)
 
 
+def _read(adapters: Mapping[str, Path], base: Base) -> dict[str, Stored]:
+    """Adapters of a base by name; one without any rank changes nothing, and no graph takes it."""
+    stored = {name: read_stored(folder, base_digest=base.digest) for name, folder in adapters.items()}
+    for name, each in stored.items():
+        if 0 in each.adapter.ranks().values():
+            raise AdapterError(
+                f"{name}: {each.folder} holds factors of rank 0, which change nothing; train it with r of at least 1"
+            )
+    return stored
+
+
 def _packed(
     stored: Mapping[str, Stored], lora: Mapping[str, Any], dense: Mapping[str, Any], digest: str, scratch: Path
 ) -> dict[str, Path]:
@@ -313,17 +330,8 @@ def _packed(
     return files
 
 
-def _graph(bundle: Path) -> onnx_ir.Model:
-    """The graph of a bundle; large weights stay on disk until they are asked for."""
-    model = onnx_ir.load(bundle / MODEL)
-    for value in model.graph.initializers.values():
-        if isinstance(value.const_value, onnx_ir.TensorProtoTensor):  # these cannot be written again
-            value.const_value = onnx_ir.tensor(value.const_value.numpy(), name=value.name)
-    return model
-
-
 def _quantised(
-    model: onnx_ir.Model, profile: str, own: Sequence[Probe], rows: Sequence[Probe] | None, largest_bytes: int | None
+    model: "Graph", profile: str, own: Sequence[Probe], rows: Sequence[Probe] | None, largest_bytes: int | None
 ) -> Quantised:
     """Rows that somebody gave may shape every weight (GPTQ); our own texts only say which weights need more bits."""
     if rows is None and (profile != "q4" or largest_bytes is None):
@@ -358,5 +366,7 @@ def _scratch(output: Path, base: Base, profile: str) -> Iterator[Path]:
 
 
 def _parent(output: Path) -> Path:
+    """Where drafts of a bundle lie, without those that somebody killed long ago."""
     output.parent.mkdir(parents=True, exist_ok=True)
+    sweep(output)
     return output.parent

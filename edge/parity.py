@@ -154,7 +154,8 @@ def check(profile: str, of: Mapping[str, Parity]) -> None:
     if wrong:
         raise BundleError(
             f"the {profile} bundle differs too much from its model, and was not written:\n" + "\n".join(wrong) + "\n"
-            "choose a profile with more bits, keep sensitive layers at 8 bits, or say explicitly which bound may be looser"
+            f"choose another --profile ({', '.join(BUDGETS)}: from the nearest to the farthest), keep sensitive layers at 8 "
+            "bits (--max-bytes), or set a bound of your own with --budget NAME=VALUE, which the manifest tells"
         )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge import probes, tokenizer
+from edge.described import missing_head
 from edge.gate import BASE
 from edge.parity import Array, Kind, Outputs, Probe
 from edge.runtime.model import Model
@@ -15,7 +16,7 @@ from protocol.files import Stored
 from protocol.plan import Plan
 from strategies.adapted import with_adapter
 from strategies.adapters.merge import task
-from strategies.base_model import Base, configuration
+from strategies.base_model import Base
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,10 +66,14 @@ class Torch:
         return found if BASE in found else {BASE: self.own(context_tokens), **found}
 
     def unbound(self) -> dict[str, frozenset[str]]:
-        """Of a head that was drawn at random the likeliest label says nothing."""
-        built = getattr(configuration(self.base), "architectures", None) or ()
-        trained = BASE in self.stored or any(name.endswith("ForSequenceClassification") for name in built)
-        return {} if self.kind != "classifier" or trained else {BASE: frozenset({"top1"})}
+        """Of a head that was drawn at random the likeliest label says nothing, nor do rows of a task that adapters have learnt.
+
+        A base that cannot do the task guesses: its perplexity there is of tens of thousands, and rounding moves it at random.
+        """
+        if self.kind == "decoder" and self.stored.keys() - {BASE}:
+            return {BASE: frozenset({"perplexity_ratio", "metric_loss"})}
+        trained = self.kind != "classifier" or BASE in self.stored or not missing_head(self.base)
+        return {} if trained else {BASE: frozenset({"top1"})}
 
     def check_words(self, model: Model) -> None:
         """Makes sure that a bundle reads texts as transformers does.

@@ -6,6 +6,7 @@ from edge.parity import AT_LEAST
 from edge.runtime.manifest import BundleManifest, Parity
 
 _COLUMNS = ("texts", "positions", "largest difference", "largest output", "KL", "top-1", "perplexity ratio", "cosine", "rows")
+_LARGE = 1000
 _ABOUT = {
     "difference": "largest difference of two outputs, as a share of the largest output where that is above 1",
     "kl": "KL(model || bundle) in nats, the mean over positions",
@@ -38,8 +39,13 @@ def report(manifest: BundleManifest, against: str, of: Mapping[str, Parity], loo
 
 
 def _row(figures: Parity) -> list[str]:
-    metrics = ", ".join(f"{name} {before:.4g} → {after:.4g}" for name, (before, after) in figures.metrics.items())
+    metrics = ", ".join(f"{name} {written(before)} → {written(after)}" for name, (before, after) in figures.metrics.items())
     shares = (figures.kl, figures.top1, figures.perplexity_ratio, figures.cosine)
     largest = (figures.largest_logit_difference, figures.largest_logit)
-    told = [f"{value:.3g}" for value in largest] + ["" if value is None else f"{value:.5g}" for value in shares]
+    told = [written(value, 3) for value in largest] + ["" if value is None else written(value, 5) for value in shares]
     return [str(figures.rows), str(figures.positions), *told, metrics]
+
+
+def written(value: float, digits: int = 4) -> str:
+    """A number for people: that many digits, and large ones whole, for nobody reads 3e+04."""
+    return f"{value:,.0f}" if abs(value) >= _LARGE else f"{value:.{digits}g}"

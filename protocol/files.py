@@ -9,9 +9,11 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,21 +32,55 @@ from protocol.plan import QUANTISED, Plan
 
 MANIFEST = "manifest.json"
 
+_ABANDONED_SECONDS = 24 * 3600
 _NAME = re.compile("[!-~]{1,300}")  # no longer than any base's, and none that steers a terminal
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 
 
 @contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder that replaces ``target`` when the block ends well, and vanishes when it does not."""
+def whole_folder(target: Path, *, replaces: bool = True) -> Iterator[Path]:
+    """A temporary folder that becomes ``target`` when the block ends well, and vanishes when it does not.
+
+    Args:
+        target: Where to.
+        replaces: Whether it takes the place of a folder that is there. Else nothing may be, not even when the block ends.
+
+    Raises:
+        FileExistsError: There is something that is not to be replaced.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         yield draft
         draft.chmod(0o755)
-        _swap(draft, target)
+        if replaces:
+            _swap(draft, target)
+        else:
+            _place(draft, target)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def sweep(target: Path) -> None:
+    """Removes what writers of ``target`` that were killed left beside it: nobody works on it any more after a day."""
+    ours = re.compile(rf"\.{re.escape(target.name)}-[a-z0-9_]{{8}}")  # as tempfile names them
+    for left in target.parent.glob(".*"):
+        with suppress(OSError):
+            kind = left.lstat()
+            if ours.fullmatch(left.name) and stat.S_ISDIR(kind.st_mode) and time.time() - kind.st_mtime > _ABANDONED_SECONDS:
+                shutil.rmtree(left)
+
+
+def _place(draft: Path, target: Path) -> None:
+    """A rename fails where there is a full folder, or a file, since a moment ago: of two writers the first one stays."""
+    try:
+        if not os.path.lexists(target):  # an empty folder would be replaced
+            draft.rename(target)
+            return
+    except OSError:
+        if not os.path.lexists(target):
+            raise
+    raise FileExistsError(errno.EEXIST, "is there already", str(target))
 
 
 def _swap(draft: Path, target: Path) -> None:

@@ -11,6 +11,7 @@ import base64
 import hashlib
 import os
 import re
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
@@ -68,6 +69,31 @@ def write_public(path: Path, key: Ed25519PublicKey, comment: str = "") -> None:
     _create(path, f"{line}\n".encode(), _ANYONE_READS)
 
 
+def write_pair(path: Path, key: Ed25519PrivateKey, comment: str = "") -> Path:
+    """Writes a private key, and its public one beside it as ``PATH.pub``: both or none.
+
+    Args:
+        path: Where the private key goes.
+        key: The private key.
+        comment: As of ``write_public``.
+
+    Returns:
+        Where the public key is.
+
+    Raises:
+        SignatureError: One of both files is there already.
+        OSError: One cannot be written.
+    """
+    public = path.with_name(f"{path.name}.pub")
+    write_private(path, key)
+    try:
+        write_public(public, key.public_key(), comment)
+    except BaseException:
+        path.unlink()
+        raise
+    return public
+
+
 def read_private(path: Path) -> Ed25519PrivateKey:
     """The private key of a file.
 
@@ -75,7 +101,7 @@ def read_private(path: Path) -> Ed25519PrivateKey:
         SignatureError: There is none, it is no Ed25519 key without a passphrase, or others than its owner may read it.
     """
     content = _content(path, "fedge edge keygen makes one")
-    if content.startswith(b"ssh-") or content.startswith(_PEM + b" PUBLIC"):
+    if content.startswith((b"ssh-", _PEM + b" PUBLIC")):
         raise SignatureError(f"{path}: is a public key; expected the private one, which lies beside it without .pub")
     mode = path.stat().st_mode
     if mode & 0o077:
@@ -195,6 +221,8 @@ def _printed(identity: bytes) -> str:
 
 
 def _content(path: Path, advice: str) -> bytes:
+    if path.exists() and not path.is_file():  # reading a pipe would wait for whoever writes into it
+        raise SignatureError(f"{path}: is no ordinary file; {advice}")
     try:
         with path.open("rb") as file:
             content = file.read(_LONGEST_FILE + 1)
@@ -206,14 +234,35 @@ def _content(path: Path, advice: str) -> bytes:
 
 
 def _create(path: Path, content: bytes, mode: int) -> None:
+    """Whole or not at all, and never over a file that is there."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    draft = Path(name)
     try:
-        handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.chmod(mode)
+        _settle(draft, path)
     except FileExistsError:
         raise SignatureError(
             f"{path}: there is a file already, and what it signed or opens would be lost with it; choose another path"
         ) from None
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _settle(draft: Path, path: Path) -> None:
+    """Gives a whole file its name; ``FileExistsError`` where that is taken."""
+    try:
+        path.hardlink_to(draft)
+    except FileExistsError:
+        raise
+    except (OSError, NotImplementedError):  # a disk that knows no links: its name is claimed first, and then replaced
+        path.touch(mode=_OWNER_ONLY, exist_ok=False)
+        try:
+            draft.replace(path)
+        except BaseException:
+            path.unlink()
+            raise

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from numpy.typing import NDArray
 
-from edge.runtime.decoding import Reader
+from edge.runtime.decoding import Reader, check_ids
 from edge.runtime.sampling import Draw, Writing
 from edge.runtime.spelling import Spelling, StopTexts
 from edge.runtime.tokens import Tokeniser
@@ -56,7 +56,7 @@ class Row:
         goes_on: Whether the text goes on from the prompt's, as a story does, or begins anew, as an answer does.
 
     Raises:
-        DataError: The prompt leaves no room for an answer.
+        DataError: The prompt leaves no room for an answer, or holds ids that are no tokens of the model.
     """
 
     def __init__(self, prompt: Sequence[int], settings: Writing, tokens: Tokeniser, terms: Terms, *, goes_on: bool) -> None:
@@ -65,6 +65,7 @@ class Row:
                 f"the prompt has {len(prompt)} tokens, and the context of {terms.context_tokens} holds prompt and answer; "
                 "shorten the prompt"
             )
+        check_ids(prompt, terms.vocabulary)
         self.prompt = list(prompt)
         self.ids: list[int] = []
         self.new = ""

@@ -10,7 +10,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from edge.runtime.manifest import DecoderShape
-from edge.runtime.session import Session, past_names
+from edge.runtime.session import Session, past_names, zeros
 from protocol.errors import DataError
 
 Array = NDArray[Any]
@@ -143,7 +143,7 @@ class FixedCache:
         return told[-1] if last else np.concatenate(told)
 
     def _run(self, binding: onnxruntime.IOBinding, ids: Array, start: int, lengths: Array, kept: Array) -> Array:
-        logits = np.empty((len(ids), len(kept), self._shape.vocabulary), np.float32)
+        logits = zeros((len(ids), len(kept), self._shape.vocabulary), np.float32)
         _give(binding, "input_ids", ids)
         _give(binding, "position_ids", np.broadcast_to(np.arange(start, start + ids.shape[1]), ids.shape).copy())
         _give(binding, "logits_positions", kept)
@@ -165,7 +165,7 @@ class FixedCache:
         size = (self._batch, self._shape.kv_heads, capacity, self._shape.head_dim)
         dtypes = {name: self._session.dtypes[name] for name in past_names(self._shape)}
         self._session.check_room(sum(math.prod(size) * np.dtype(each).itemsize for each in dtypes.values()), capacity)
-        past = {name: np.zeros(size, dtype) for name, dtype in dtypes.items()}  # takes no memory before it is written
+        past = {name: zeros(size, dtype) for name, dtype in dtypes.items()}  # takes no memory before it is written
         held = max(map(len, self._held))
         for name, old in self._past.items():
             past[name][:, :, :held] = old[:, :, :held]
@@ -191,7 +191,7 @@ class _Step:
         given = np.zeros(self._format.size, np.uint8)
         wide, narrow = given[: 16 * batch].view(np.int64), given[16 * batch :].view(np.int32)
         self._given = given.data
-        logits = np.empty((batch, 1, vocabulary), np.float32)
+        logits = zeros((batch, 1, vocabulary), np.float32)
         self.logits: Array = logits[:, 0]
         _give(binding, "input_ids", wide[:batch].reshape(batch, 1))
         _give(binding, "position_ids", wide[batch:].reshape(batch, 1))
@@ -232,9 +232,9 @@ class GrowingCache:
 
     def _forget(self) -> None:
         self._held: list[int] = []
-        size = [1, self._shape.kv_heads, 0, self._shape.head_dim]
+        size = (1, self._shape.kv_heads, 0, self._shape.head_dim)
         for name in past_names(self._shape):
-            _give(self._binding, name, np.zeros(size, self._session.dtypes[name]))
+            _give(self._binding, name, zeros(size, self._session.dtypes[name]))
 
     def _read(self, row: Sequence[int], *, every: bool = False) -> Array:
         """Logits ``(tokens that are new, vocabulary)``, or of the last one alone."""
@@ -273,12 +273,17 @@ def _give(binding: onnxruntime.IOBinding, name: str, value: Array) -> None:
 
 
 def _check(row: Sequence[int], shape: DecoderShape) -> None:
-    if not row:
-        raise DataError("the prompt is empty; expected at least one token")
     if len(row) > shape.context_tokens:
         raise DataError(f"{len(row)} tokens do not fit into the context of {shape.context_tokens}; shorten the prompt")
-    if not 0 <= min(row) <= max(row) < shape.vocabulary:
-        raise DataError(f"token ids from {min(row)} to {max(row)}; expected 0 to {shape.vocabulary - 1}")
+    check_ids(row, shape.vocabulary)
+
+
+def check_ids(row: Sequence[int], vocabulary: int) -> None:
+    """Refuses, as ``DataError``, an empty row and ids that a model of so many tokens does not know."""
+    if not row:
+        raise DataError("the prompt is empty; expected at least one token")
+    if not 0 <= min(row) <= max(row) < vocabulary:
+        raise DataError(f"token ids from {min(row)} to {max(row)}; expected 0 to {vocabulary - 1}")
 
 
 def _shared(ids: Sequence[int], others: Sequence[int]) -> int:

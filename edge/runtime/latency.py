@@ -55,13 +55,13 @@ class LatencyReport:
 
     def table(self) -> str:
         """For people."""
-        head = f"{'adapter':<24}{'first token':>14}{'prefill':>16}{'decode':>16}"
+        head = f"{'adapter':<20}{'first token':>14}{'prefill':>22}{'decode':>22}"
         lines = [f"{self.name} {self.version} ({self.profile}): {self.prompt_tokens} + {self.new_tokens} tokens", head]
         for row in self.rows:
             decode = "" if row.decode_tokens_per_second is None else f"{row.decode_tokens_per_second:,.1f} tokens/s"
             lines.append(
-                f"{row.adapter or 'none':<24}{row.first_token_seconds * 1000:>11,.1f} ms"
-                f"{row.prefill_tokens_per_second:>7,.0f} tokens/s{decode:>16}"
+                f"{row.adapter or 'none':<20}{row.first_token_seconds * 1000:>11,.1f} ms"
+                f"{row.prefill_tokens_per_second:>13,.0f} tokens/s{decode:>22}"
             )
         return "\n".join([*lines, f"peak memory of this process: {self.peak_rss_bytes / 2**20:,.0f} MiB"])
 
@@ -82,6 +82,7 @@ def measure(model: Model, *, prompt_tokens: int = 128, new_tokens: int = 64, rep
     for name, (found, wanted) in least.items():
         if found < wanted:
             raise DataError(f"{name}: found {found}, expected at least {wanted}")
+    _check_context(model, prompt_tokens, new_tokens)
     measured = _decoding if model.manifest.kind == "decoder" else _encoding
     rows = []
     for adapter in (None, *model.adapters):
@@ -99,6 +100,16 @@ def peak_rss_bytes() -> int:
     """Most memory that this process has had in the machine's own memory."""
     told = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return told if sys.platform == "darwin" else told * 1024  # kilobytes elsewhere
+
+
+def _check_context(model: Model, prompt_tokens: int, new_tokens: int) -> None:
+    if shape := model.manifest.decoder:
+        asked, needed = f"a prompt of {prompt_tokens} tokens and an answer of {new_tokens}", prompt_tokens + new_tokens
+        most = shape.context_tokens
+    elif encoder := model.manifest.encoder:
+        asked, needed, most = f"a text of {prompt_tokens} tokens", prompt_tokens, encoder.context_tokens
+    if needed > most:
+        raise DataError(f"{asked} were asked for, and the context of {model.manifest.name} holds {most}; take fewer")
 
 
 def _decoding(model: Model, adapter: str | None, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
@@ -121,4 +132,6 @@ def _encoding(model: Model, adapter: str | None, prompt_tokens: int, new_tokens:
 
 
 def _random_ids(model: Model, tokens: int) -> list[int]:
-    return [int(token) for token in np.random.default_rng(0).integers(0, model.tokens.vocabulary, tokens)]
+    # A tokenizer may know tokens that its model does not.
+    known = model.manifest.decoder.vocabulary if model.manifest.decoder else model.tokens.vocabulary
+    return [int(token) for token in np.random.default_rng(0).integers(0, known, tokens)]

@@ -20,12 +20,14 @@ from edge.runtime.session import Resources, Session
 from edge.runtime.tokens import Tokeniser
 from edge.runtime.verify import content, verified
 from protocol.errors import AdapterError, DataError, ModelError, shown
+from protocol.signature import read_trusted
 
 Array = NDArray[Any]
 Messages = Sequence[Mapping[str, str]]
 # A text to go on from, a conversation to answer, or token ids as they are.
 Prompt = str | Messages | Sequence[int]
 _RESOURCES: Final = Resources()
+_MOST_CHARACTERS: Final = 32  # of a token, on average; of ordinary text it has four
 _STATE: Final = Path(opened_versions.FOLDER)
 
 
@@ -48,8 +50,8 @@ class Classified:
 
 
 def open(  # noqa: A001 - model.open says what it does
-    folder: Path,
-    trusted: Ed25519PublicKey | Sequence[Ed25519PublicKey],
+    folder: Path | str,
+    trusted: Ed25519PublicKey | Sequence[Ed25519PublicKey] | Path | str,
     *,
     lowest_version: int = 0,
     name: str | None = None,
@@ -60,7 +62,7 @@ def open(  # noqa: A001 - model.open says what it does
 
     Args:
         folder: The bundle.
-        trusted: Whose signature counts.
+        trusted: Whose signature counts: keys, or the path of a file of them.
         lowest_version: Older ones are refused.
         name: The one bundle that is expected; None: any that is signed.
         state: Where this device remembers the newest version that it opened, so that an older one is refused; relative to the
@@ -68,12 +70,14 @@ def open(  # noqa: A001 - model.open says what it does
         resources: Threads and memory.
 
     Raises:
-        BundleError: Anything does not hold, or the graph is not what the manifest says.
+        BundleError: Anything does not hold, or the graph is not what the manifest says; ``SignatureError`` for keys.
         ModelError: This onnxruntime is older than the bundle needs.
         HardwareError: The model does not fit into memory.
     """
     folder = Path(folder).resolve()
     state = state and folder.parent / state
+    if isinstance(trusted, str | Path):
+        trusted = read_trusted(Path(trusted))
     keys = [trusted] if isinstance(trusted, Ed25519PublicKey) else list(trusted)
     manifest = verified(folder, keys, lowest_version=lowest_version, state=state, name=name)
     model = Model(folder, manifest, resources)
@@ -149,13 +153,17 @@ class Model:
             DataError: The prompt is empty, or the chat template does not take such a conversation.
             ModelError: The bundle has no chat template.
         """
-        if not len(prompt):
+        parts = prompt.tolist() if isinstance(prompt, np.ndarray) else prompt
+        if not isinstance(parts, Sequence) or isinstance(parts, bytes | bytearray | memoryview):
+            raise DataError(f"the prompt is of {type(prompt).__name__}; expected a text, messages or token ids")
+        if not len(parts):
             raise DataError("the prompt is empty; expected a text, messages or token ids")
-        if isinstance(prompt, str):
-            return self.tokens.ids(prompt)
-        ids = [int(part) for part in prompt if isinstance(part, int | np.integer)]
-        messages = [part for part in prompt if isinstance(part, Mapping)]
-        if len(prompt) not in (len(ids), len(messages)):
+        self._check_length(parts)
+        if isinstance(parts, str):
+            return self.tokens.ids(parts)
+        ids = [int(part) for part in parts if isinstance(part, int | np.integer) and not isinstance(part, bool)]
+        messages = [part for part in parts if isinstance(part, Mapping)]
+        if len(parts) not in (len(ids), len(messages)):
             raise DataError("the prompt is no text, and neither messages alone nor token ids alone")
         if ids:
             return ids
@@ -246,9 +254,22 @@ class Model:
         goes_on = isinstance(prompt, str)
         return Row(self.prompt_ids(prompt), asked, self.tokens, terms, goes_on=goes_on)
 
+    def _check_length(self, prompt: Sequence[Any]) -> None:
+        """Refuses what would only be tokenised to be refused."""
+        said = [prompt] if isinstance(prompt, str) else [part.get("content") for part in prompt if isinstance(part, Mapping)]
+        characters = sum(len(text) for text in said if isinstance(text, str))
+        context = (self.manifest.decoder or self.manifest.encoder).context_tokens  # type: ignore[union-attr] # one is there
+        if characters > _MOST_CHARACTERS * context:
+            raise DataError(
+                f"the text has {characters} characters; expected at most {_MOST_CHARACTERS * context}, for the context holds "
+                f"{context} tokens; shorten it"
+            )
+
     def _read(self, texts: Sequence[str]) -> list[list[int]]:
         if isinstance(texts, str):
             raise DataError("expected a list of texts, found one text")
+        for text in texts:
+            self._check_length([{"content": text}])
         return [self.tokens.ids(text) for text in texts]
 
     def _encoded(self, rows: Sequence[Sequence[int]], adapter: Adapter, batch_size: int) -> Array:

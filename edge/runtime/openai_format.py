@@ -157,7 +157,7 @@ def asked(kind: type[_Request], body: bytes) -> _Request:
 
 
 def _told(problem: Any) -> str:
-    return "this server does not know it" if problem["type"] == "extra_forbidden" else str(problem["msg"])
+    return "not supported here; leave it out" if problem["type"] == "extra_forbidden" else str(problem["msg"])
 
 
 class Reply:

@@ -32,7 +32,7 @@ class Writing(Strict):
     temperature: float = Field(0.0, ge=0, le=100)
     top_k: int = Field(0, ge=0, le=2**31 - 1)
     top_p: float = Field(1.0, gt=0, le=1)
-    repetition_penalty: float = Field(1.0, gt=0, le=100)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=100)
     stop: Annotated[tuple[Annotated[str, StringConstraints(min_length=1, max_length=1000)], ...], Field(max_length=64)] = ()
     seed: int = Field(0, ge=0, le=2**63 - 1)
 
@@ -108,7 +108,10 @@ def candidates(logits: Array, settings: Writing) -> tuple[Array, Array]:
         logits: ``(vocabulary,)``, float.
         settings: Temperature above 0, then top-k, then top-p, each of what the one before left.
     """
-    scores = logits.astype(np.float64) / settings.temperature
+    scores = logits.astype(np.float64)
+    # From the likeliest on, so that a temperature near 0 leaves that one alone: its score is 0 at any temperature.
+    with np.errstate(over="ignore"):
+        scores = (scores - scores.max()) / settings.temperature
     ids = np.arange(len(scores))
     if 0 < settings.top_k < len(scores):
         ids = np.flatnonzero(scores >= np.partition(scores, -settings.top_k)[-settings.top_k])

@@ -33,6 +33,7 @@ from edge.runtime.answering import Answer, Row, write
 from edge.runtime.decoding import Reader
 from edge.runtime.model import Model, Prompt
 from edge.runtime.openai_format import ChatAsked, Reply, TextAsked, VectorsAsked, asked
+from edge.runtime.tokens import LEAVES
 from protocol.errors import ConfigurationError, DataError, FedgeError
 
 BASE: Final = "base"
@@ -75,7 +76,7 @@ class Settings:
         if _ip(self.address) is None:
             wrong.append("address: expected an IP address or localhost")
         elif self.token is None and not self.is_local:
-            wrong.append("address: others than this machine reach it; expected a token with it, or 127.0.0.1")
+            wrong.append("address: others than this machine reach it; expected a token with it (--token-env), or 127.0.0.1")
         if self.token is not None and not re.fullmatch(rf"[!-~]{{{SHORTEST_TOKEN},1024}}", self.token):
             wrong.append(f"token: expected {SHORTEST_TOKEN} to 1024 printable ASCII characters without spaces")
         least = {"parallel": 1, "waiting": 0, "connections": 1, "body_bytes": 1, "port": 0}
@@ -263,7 +264,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.close()
         self._arriving = _Arriving(self.connection, self.server.settings.request_seconds)
         self.rfile = io.BufferedReader(self._arriving)
-        self._begun, self._is_answered, self._took = time.monotonic(), False, (0, 0)
+        self._begun, self._took = time.monotonic(), (0, 0)
+        self._is_answered = self._is_asked = False
 
     def parse_request(self) -> bool:
         if not super().parse_request():
@@ -302,7 +304,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._fail(_RefusedError(HTTPStatus.REQUEST_TIMEOUT, "the request did not come in time"))
         except (_GoneError, ConnectionError):
             _log.info("%s: the client went away", self._route)
-        except Exception as error:  # noqa: BLE001 - a server outlives what one request does to it
+        except LEAVES:
+            raise
+        except BaseException as error:  # noqa: BLE001 - a server outlives what one request does to it, and Rust's panics
             _log.error("%s: %s", self._route, error if isinstance(error, FedgeError) else type(error).__name__)
             self._fail(_RefusedError(HTTPStatus.INTERNAL_SERVER_ERROR, "the model could not answer"))
 
@@ -437,7 +441,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _is_gone(self) -> bool:
         ready, _, _ = select.select([self.connection], [], [], 0)
-        return bool(ready) and not self.connection.recv(1, socket.MSG_PEEK)
+        if not ready or self.connection.recv(1, socket.MSG_PEEK):
+            return False
+        # Nothing more comes: the client went away, or only says that its request is whole. Who went away refuses what it is
+        # sent, and what it is sent first is a word that the others pass over (RFC 9110, section 15.2).
+        if not self._is_answered and not self._is_asked and self.request_version == "HTTP/1.1":
+            self._is_asked = True
+            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        return bool(self.connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
 
     def _event(self, told: Mapping[str, Any]) -> None:
         self.wfile.write(b"data: " + _json(told) + b"\n\n")

@@ -2,13 +2,14 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
-from numpy.typing import DTypeLike
+from numpy.typing import DTypeLike, NDArray
 
 from edge.runtime.manifest import MODEL, BundleManifest, DecoderShape
 from protocol.errors import BundleError, ConfigurationError, HardwareError, ModelError, shown
@@ -16,6 +17,7 @@ from protocol.errors import BundleError, ConfigurationError, HardwareError, Mode
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64, "tensor(int32)": np.int32}
 _AROUND_BYTES = 64 * 2**20  # Python, numpy, onnxruntime and a graph's structure, measured
 _MIB = 2**20
+_THREADS_EACH = 4  # of a processor, at most: more only wait for each other
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Resources:
             for name, value in (("threads", self.threads), ("memory_bytes", self.memory_bytes))
             if value is not None and value < 1
         ]
+        if self.threads is not None and self.threads > (most := _THREADS_EACH * _processors()):
+            wrong.append(f"threads: found {self.threads}, expected at most {most} ({_processors()} processors are there)")
         if wrong:
             raise ConfigurationError("resources", wrong)
 
@@ -111,6 +115,11 @@ class Session:
         expected |= {f"lora.{module}.{side}" for module in manifest.lora for side in "AB"}
         expected |= {f"dense.{name}" for name in manifest.dense}
         if shape := manifest.decoder:
+            if 2 * shape.layers > len(self.dtypes):  # before as many names are made as a manifest says
+                raise BundleError(
+                    f"{MODEL} has {len(self.dtypes)} inputs, too few for keys and values of the {shape.layers} layers that the "
+                    "manifest promises; make the bundle anew"
+                )
             expected |= set(past_names(shape))
             expected |= {"seqlens_k", "total_sequence_length"} if shape.cache == "in-place" else {"attention_mask"}
         else:
@@ -125,11 +134,50 @@ class Session:
         wanted = "embedding" if manifest.kind == "embedder" else "logits"
         if wanted not in outputs:
             raise BundleError(f"{MODEL} has no output {wanted}, which a {manifest.kind} must have; make the bundle anew")
+        self._check_shapes(_shapes(manifest))
+
+    def _check_shapes(self, expected: Mapping[str, Sequence[int | str]]) -> None:
+        """Where the graph states a size itself; words stand for any."""
+        for one in (*self._inputs(), *self.onnx.get_outputs()):
+            found, wanted = one.shape, expected.get(one.name, ())
+            if not found or not wanted:
+                continue
+            pairs = zip(found, wanted, strict=False)
+            if len(found) != len(wanted) or any(isinstance(x, int) and isinstance(y, int) and x != y for x, y in pairs):
+                raise BundleError(
+                    f"{MODEL}: {one.name} is {shown(str(found), 100)}, and the manifest promises {list(wanted)}; make the "
+                    "bundle anew"
+                )
+
+
+def zeros(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+    """An array that takes no memory before it is written.
+
+    Raises:
+        HardwareError: It is larger than this machine can hold.
+    """
+    try:
+        return np.zeros(shape, dtype)
+    except (MemoryError, ValueError):  # ValueError: larger than any machine
+        raise HardwareError(f"there is no memory for {list(shape)} numbers; take a smaller model or shorter texts") from None
 
 
 def past_names(shape: DecoderShape) -> list[str]:
     """The inputs that hold keys and values of earlier tokens."""
     return [f"past.{layer}.{what}" for layer in range(shape.layers) for what in ("key", "value")]
+
+
+def _shapes(manifest: BundleManifest) -> dict[str, Sequence[int | str]]:
+    """What the manifest says of inputs and outputs."""
+    told: dict[str, Sequence[int | str]] = {f"dense.{name}": dims for name, dims in manifest.dense.items()}
+    for module, (d_in, d_out) in manifest.lora.items():
+        told |= {f"lora.{module}.A": (d_in, "r"), f"lora.{module}.B": ("r", d_out)}
+    if shape := manifest.decoder:
+        told |= dict.fromkeys(past_names(shape), ("batch", shape.kv_heads, "capacity", shape.head_dim))
+        told["logits"] = ("batch", "kept", shape.vocabulary)
+    elif manifest.encoder and manifest.kind == "embedder":
+        told["embedding"] = ("batch", manifest.encoder.hidden)
+    return told
 
 
 def free_bytes() -> int | None:

@@ -1,7 +1,8 @@
 """From text to token ids: plain text, and conversations in which nobody's words become control tokens."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
 from itertools import pairwise
 
 from tokenizers import Encoding, Tokenizer
@@ -9,6 +10,9 @@ from tokenizers import Encoding, Tokenizer
 from edge.runtime.chat_format import Piece
 from edge.runtime.manifest import TOKENIZER, Tokens
 from protocol.errors import BundleError, DataError, shown
+
+# What ends a program or a generator and is no error: the others that are no Exception are Rust's panics.
+LEAVES = (KeyboardInterrupt, SystemExit, GeneratorExit)
 
 
 class Tokeniser:
@@ -28,11 +32,13 @@ class Tokeniser:
     def __init__(self, content: bytes, control: Tokens) -> None:
         try:
             self._tokenizer = Tokenizer.from_buffer(content)
-        except Exception as error:  # noqa: BLE001 - tokenizers raises nothing narrower
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            self.vocabulary = self._tokenizer.get_vocab_size()
+        except LEAVES:
+            raise
+        except BaseException as error:  # noqa: BLE001 - tokenizers raises nothing narrower, and Rust's panics are no Exception
             raise BundleError(f"{TOKENIZER} holds no tokenizer ({shown(str(error), 200)}); make the bundle anew") from None
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self.vocabulary = self._tokenizer.get_vocab_size()
         self._bos = control.bos if control.adds_bos else None
         added = {token: one for token, one in self._tokenizer.get_added_tokens_decoder().items() if one.content.strip()}
         # What a tokenizer cannot spell becomes its unknown token, which steers nothing.
@@ -82,13 +88,24 @@ class Tokeniser:
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of token ids, without control tokens; half characters at its end are U+FFFD."""
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        with _reading():
+            return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     def _encoded(self, text: str, *, add_special_tokens: bool) -> Encoding:
-        try:
+        with _reading():
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        except (TypeError, UnicodeEncodeError):
-            raise DataError("expected a text, found none or half a surrogate pair in it") from None
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    try:
+        yield
+    except LEAVES:
+        raise
+    except (TypeError, UnicodeEncodeError):
+        raise DataError("expected a text, found none or half a surrogate pair in it") from None
+    except BaseException as error:  # noqa: BLE001 - as above; its message may quote the text
+        raise BundleError(f"{TOKENIZER} breaks on a text ({type(error).__name__}); make the bundle anew") from None
 
 
 def _cuts(text: str, start: int, encoded: Encoding, contents: Sequence[range], control: AbstractSet[int]) -> set[int]:

@@ -8,9 +8,7 @@ costs what it carries.
 import hashlib
 import os
 import shutil
-import time
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -19,10 +17,9 @@ from edge.runtime.manifest import MANIFEST, SIGNATURE, BundleManifest, File
 from edge.runtime.opened_versions import to_disk
 from edge.runtime.verify import check_listing, check_version, chunks, signed_manifest, verified
 from protocol.errors import BundleError, shown
-from protocol.files import whole_folder
+from protocol.files import sweep, whole_folder
 
 _SPARE_BYTES = 2**20  # manifest, signature, folders
-_ABANDONED_SECONDS = 24 * 3600
 
 
 def apply_update(
@@ -33,6 +30,7 @@ def apply_update(
     *,
     lowest_version: int = 0,
     state: Path | None = None,
+    copies: bool = False,
 ) -> BundleManifest:
     """Makes the next version of a bundle; ``old`` is only read.
 
@@ -45,6 +43,7 @@ def apply_update(
         trusted: Whose signatures count.
         lowest_version: As of ``verify.verified``.
         state: As of ``verify.verified``.
+        copies: Whether unchanged files are copied. Else both bundles share them: who writes into one damages the other.
 
     Returns:
         The new bundle's manifest; every byte of it was checked.
@@ -68,9 +67,9 @@ def apply_update(
         _check_outside(target, old, update)
         carried = check_listing(update, after, whole=False)
         kept = _kept(old, before, after, carried)
-        _sweep(target)
-        with whole_folder(target) as draft:
-            _link(old, draft, after, kept)
+        sweep(target)
+        with whole_folder(target, replaces=False) as draft:
+            _keep(old, draft, after, kept, copies=copies)
             check_room(target, sum(after.files[path].size_bytes for path in carried))
             for path in sorted(carried):
                 placed(draft / path, chunks(update, path, after.files[path]))
@@ -142,19 +141,17 @@ def _kept(old: Path, before: BundleManifest, after: BundleManifest, carried: Ite
     return {path: held[after.files[path].sha256] for path in wanted}
 
 
-def _link(old: Path, draft: Path, after: BundleManifest, kept: Mapping[str, str]) -> None:
+def _keep(old: Path, draft: Path, after: BundleManifest, kept: Mapping[str, str], *, copies: bool) -> None:
     for path, source in sorted(kept.items()):
         (draft / path).parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(old / source, draft / path, follow_symlinks=False)
-        except (OSError, NotImplementedError):  # another disk, or one that knows no links
+        if copies or not _linked(old / source, draft / path):
             check_room(draft, after.files[path].size_bytes)
             placed(draft / path, chunks(old, source, after.files[path]))
 
 
-def _sweep(target: Path) -> None:
-    """Removes what an update that was killed left: nobody works on it any more after a day."""
-    for left in target.parent.glob(f".{target.name}-*"):
-        with suppress(OSError):
-            if left.is_dir() and time.time() - left.lstat().st_mtime > _ABANDONED_SECONDS:
-                shutil.rmtree(left)
+def _linked(source: Path, target: Path) -> bool:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except (OSError, NotImplementedError):  # another disk, or one that knows no links
+        return False
+    return True

@@ -80,8 +80,10 @@ def check_version(folder: Path, manifest: BundleManifest, lowest: int, state: Pa
     """Refuses, as ``BundleError``, what is older than ``lowest`` or than what the device has opened."""
     opened = highest(state, manifest.name) if state else 0
     if manifest.version < max(lowest, opened):
-        why = f"this device has opened {opened}" if opened >= lowest else f"{lowest} is the lowest that is allowed"
-        raise BundleError(f"{folder}: is version {manifest.version} of {manifest.name}, and {why}; get the newer bundle")
+        why, back = f"{lowest} is the lowest that is allowed", ""
+        if opened >= lowest:
+            why, back = f"this device has opened {opened}", ", or go back on purpose with --any-version (state=None)"
+        raise BundleError(f"{folder}: is version {manifest.version} of {manifest.name}, and {why}; get the newer bundle{back}")
 
 
 def check_listing(folder: Path, manifest: BundleManifest, *, whole: bool) -> frozenset[str]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from shutil import which
 
 import httpx
 import pytest
@@ -24,8 +25,12 @@ def blocks(language):
 
 
 def call(lines):
+    """Runs each line: of fedge in this process, others (rows, copies) in a shell; what those of fedge told."""
     told = []
     for line in lines.splitlines():
+        if not line.startswith("fedge "):
+            subprocess.run(line, shell=True, check=True)  # noqa: S602 - the page's own lines
+            continue
         done = CliRunner().invoke(app, shlex.split(line)[1:], catch_exceptions=False)
         assert done.exit_code == 0, done.output
         told.append(done.stdout)
@@ -36,8 +41,6 @@ def call(lines):
 def made(tmp_path_factory):
     """The folder of the page's first commands, and what they told."""
     folder = tmp_path_factory.mktemp("edge")
-    rows = [{"input_text": f"What is the fee of plan {n}?", "target_text": f"{n} crowns"} for n in range(30)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "fees.yaml").write_text(blocks("yaml")[0])
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -56,7 +59,7 @@ def test_the_documented_bundle_is_made_run_and_updated(made, answered, monkeypat
     folder, told = made
     monkeypatch.chdir(folder)
     assert "SHA256:" in told[1]
-    assert "fees version 1 (q8)" in told[2]
+    assert "bank version 1 (q8)" in told[2]
     assert "adapter fees: lora, rank 4" in told[3]
     assert "as it was signed" in answered[0]
     assert "tokens/s" in answered[2]
@@ -64,11 +67,19 @@ def test_the_documented_bundle_is_made_run_and_updated(made, answered, monkeypat
     of_base, of_adapter, *_ = capsys.readouterr().out.splitlines()
     assert f"base: {of_base}\n  fees: {of_adapter}\n" in answered[1]
     assert of_base != of_adapter
-    added, _, carried, applied = call(blocks("bash")[2])
+    alone = "fedge edge run bundles/1 --key release.pub --adapter fees 'What is the fee of plan 7?'"
+    assert call(alone) == [f"? What is the fee of plan 7?\n  fees: {of_adapter}\n"]
+    assert call(alone.replace("--adapter fees", "")) == [f"? What is the fee of plan 7?\n  base: {of_base}\n"]
+    _, added, _, carried, applied = call(blocks("bash")[2])
     assert "hours:" in added
-    found = re.search(r"updates/1-to-2: ([\d,]+) of ([\d,]+) bytes", carried)
-    part, whole = (int(number.replace(",", "")) for number in found.groups())
-    assert part < whole / 4
+    assert "replaced" not in added
+    (again,) = call("fedge edge add bundles/2 bundles/3 --adapter hours=runs/fees/adapter --key release")
+    assert "hours: replaced" in again
+    found = re.search(r"updates/1-to-2: [\d,]+ of ([\d,]+) bytes, ([\d,]+) with manifest and signature", carried)
+    whole, part = (int(number.replace(",", "")) for number in found.groups())
+    assert part == sum(path.stat().st_size for path in (folder / "updates" / "1-to-2").rglob("*") if path.is_file())
+    assert "hours.onnx_adapter" in carried
+    assert part < whole / 2
     assert "version 2" in applied
 
 
@@ -95,10 +106,13 @@ def test_the_documented_server_answers_the_documented_client(made, answered):
             assert time.monotonic() < until
             time.sleep(0.1)
         done = subprocess.run([sys.executable, "-c", client], capture_output=True, text=True, check=True)
+        asked = blocks("bash")[5].replace("8080", port)
+        curled = subprocess.run(asked, shell=True, capture_output=True, text=True, check=True) if which("curl") else None  # noqa: S602
     finally:
         server.terminate()
         server.wait(10)
     assert f"fees: {done.stdout}" in answered[1]
+    assert curled is None or json.loads(curled.stdout)["choices"][0]["message"]["content"] == done.stdout[:-1]
 
 
 def _is_there(port):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from small_bundles import KEY, OTHER, TRUSTED, bundle, contents, description, noise
 
-from edge.bundle import difference, write_bundle
+from edge.bundle import difference, write_bundle, write_update
 from edge.runtime.manifest import BundledAdapter, Parity
 from edge.runtime.verify import verified
 from protocol.errors import BundleError
@@ -48,6 +48,28 @@ def test_the_same_inputs_give_the_same_bytes_in_another_process_place_and_order(
     assert everything(there) == everything(here)
     assert str(tmp_path).encode() not in b"".join(everything(here).values())
     verified(there, TRUSTED)
+
+
+def test_of_two_writers_of_one_bundle_the_first_stays(tmp_path):
+    """The judge of one is where the other one comes in: both have found the place free."""
+
+    def judge(draft, key):
+        bundle(tmp_path / "b", 1, weights=10)
+        return {}, "report"
+
+    with pytest.raises(BundleError, match="there already"):
+        write_bundle(tmp_path / "b", description(2), contents(weights=20), KEY, judge)
+    assert verified(tmp_path / "b", TRUSTED).version == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_an_update_never_lies_in_a_bundle_that_it_is_made_from(tmp_path):
+    old, new = bundle(tmp_path / "old", 1, weights=10), bundle(tmp_path / "new", 2, weights=20)
+    (tmp_path / "link").symlink_to(new)
+    for target in (old / "update", new / "adapters" / "update", tmp_path / "link" / "update"):
+        with pytest.raises(BundleError, match="lies in"):
+            write_update(target, old, new, TRUSTED)
+    assert verified(old, TRUSTED).version + verified(new, TRUSTED).version == 3
 
 
 def test_a_bundle_does_not_change(tmp_path):

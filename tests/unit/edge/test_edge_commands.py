@@ -3,12 +3,17 @@
 import json
 import math
 import sys
+from pathlib import Path
 
 import pytest
 from averaging_bundles import averaging
 from small_bundles import KEY, OTHER, bundle
 
 import fedge
+from edge.device_commands import summary
+from edge.runtime.latency import Figures, LatencyReport
+from edge.runtime.manifest import Parity
+from edge.runtime.verify import verified
 from protocol.signature import read_private, read_trusted, write_private, write_public
 
 
@@ -99,12 +104,18 @@ def test_an_update_carries_what_changed_and_makes_the_next_version(call, keys, t
     assert told["update_bytes"] == 1_000  # both adapters' .json are alike
     code, out, _ = call("update", "make", old, new, tmp_path / "update", *trust)
     assert code == 0
-    assert "1,000 of " in out
+    carried = sum(path.stat().st_size for path in (tmp_path / "update").rglob("*") if path.is_file())
+    assert f"1,000 of {told['whole_bytes']:,} bytes, {carried:,} with manifest and signature" in out
+    code, _, err = call("update", "make", new, old, tmp_path / "back", *trust)
+    assert (code, "version 1, older than version 2" in err) == (2, True)
     code, out, _ = call("update", "apply", old, tmp_path / "update", tmp_path / "next", *trust)
     assert code == 0
     assert "clinic version 2" in out
     for path in new.rglob("*"):
         assert path.is_dir() or (tmp_path / "next" / path.relative_to(new)).read_bytes() == path.read_bytes()
+    assert (tmp_path / "next" / "model.onnx.data").samefile(old / "model.onnx.data")
+    assert call("update", "apply", old, tmp_path / "update", tmp_path / "own", *trust, "--copy")[0] == 0
+    assert not any((tmp_path / "own" / path.relative_to(old)).samefile(path) for path in old.rglob("model*"))
     code, _, err = call("update", "apply", new, tmp_path / "update", tmp_path / "again", *trust)
     assert (code, "expected one after version 2" in err) == (2, True)
     assert not (tmp_path / "again").exists()
@@ -130,12 +141,27 @@ def test_a_device_measures_itself(call, keys, tmp_path):
     assert told["rows"][0]["first_token_seconds"] > 0
 
 
+def test_figures_can_be_read_in_80_columns(tmp_path):
+    rows = [Figures(None, 0.0123, 1_234_567.0, 12_345.6), Figures("south-district", 12.3, 12.0, 1.0)]
+    lines = LatencyReport("clinic", 1, "q8", 128, 64, tuple(rows), 2**30).table().splitlines()
+    assert [line.split() for line in lines[2:4]] == [
+        ["none", "12.3", "ms", "1,234,567", "tokens/s", "12,345.6", "tokens/s"],
+        ["south-district", "12,300.0", "ms", "12", "tokens/s", "1.0", "tokens/s"],
+    ]
+    metrics = {"accuracy": (0.5, 0.5), "perplexity": (30_123.4, 30_500.0)}
+    told = Parity(largest_logit_difference=0.012345, largest_logit=20, kl=1e-5, top1=1, rows=3, positions=40, metrics=metrics)
+    manifest = verified(bundle(tmp_path / "bundle", 4), [KEY.public_key()]).model_copy(update={"parity": {"north": told}})
+    lines += summary(Path("bundles/1"), manifest)
+    assert "perplexity 30,123 → 30,500" in " ".join(" ".join(lines).split())
+    assert max(map(len, lines)) <= 80
+
+
 def test_an_older_version_is_not_run_after_a_newer_one_unless_that_is_wished(call, keys, tmp_path):
     old, new = (averaging(tmp_path / str(version), "classifier", version=version) for version in (1, 2))
     trust = ("--key", keys / "signer.pub")
     assert [call("run", folder, "a", *trust)[0] for folder in (old, new, new)] == [0, 0, 0]
     code, _, err = call("run", old, "a", *trust)
-    assert (code, "this device has opened 2" in err) == (2, True)
+    assert (code, "this device has opened 2" in err, "--any-version" in err) == (2, True, True)
     assert call("run", old, "a", *trust, "--any-version")[0] == 0
     assert call("run", new, "a", *trust)[0] == 0
 
@@ -144,7 +170,10 @@ def test_an_older_version_is_not_run_after_a_newer_one_unless_that_is_wished(cal
     ("arguments", "said"),
     [
         (("export", "tiny", "new", "--key", "KEYS/none"), "no readable key"),
-        (("export", "tiny", "new", "--key", "KEYS/signer.pub"), "others than its owner may read"),
+        (("export", "tiny", "new", "--key", "KEYS/signer.pub"), "is a public key; expected the private one"),
+        (("export", "tiny", "new", "--key", "KEYS/signer", "--rows", "r"), "--rows needs --job"),
+        (("add", "old", "new", "--key", "KEYS/signer", "--rows", "r"), "--rows needs --job"),
+        (("verify", "new", "--key", "KEYS/none"), "expected the public keys of those whom you trust"),
         (("export", "tiny", "new", "--key", "KEYS/signer", "--kind", "poem"), "--kind: found 'poem', expected one of decoder"),
         (("export", "tiny", "new", "--key", "KEYS/signer", "--profile", "q3"), "found 'q3', expected one of"),
         (("export", "tiny", "new", "--key", "KEYS/signer", "--budget", "kl"), "--budget: found 'kl', expected NAME=NUMBER"),
@@ -155,7 +184,7 @@ def test_an_older_version_is_not_run_after_a_newer_one_unless_that_is_wished(cal
         (("export", "no-such-base", "new", "--key", "KEYS/signer"), "no-such-base"),
         (("hand-over", "tiny", "new", "--to", "tflite"), "--to: found 'tflite', expected one of gguf, genai"),
         (("hand-over", "tiny", "KEYS"), "is there already"),
-        (("serve", "new", "--key", "KEYS/signer.pub", "--address", "0.0.0.0"), "expected a token"),  # noqa: S104
+        (("serve", "new", "--key", "KEYS/signer.pub", "--address", "0.0.0.0"), "expected a token with it (--token-env)"),  # noqa: S104
         (("serve", "new", "--key", "KEYS/signer.pub", "--token-env", "NO_SUCH_TOKEN"), "NO_SUCH_TOKEN: holds no token"),
         (("run", "new", "a", "--key", "KEYS/signer.pub"), "no such file"),
     ],

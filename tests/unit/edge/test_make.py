@@ -1,16 +1,20 @@
 """The whole pipeline on two layers of the embedded model: what passes is written whole, what does not leaves nothing behind."""
 
+import dataclasses
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from safetensors.numpy import load_file, save_file
 
 import edge.room
 from edge.bundle import write_bundle
+from edge.described import check_heads
 from edge.gate import Gate
 from edge.make import Request, add_adapters, make_bundle, requantise
 from edge.parity import Probe
@@ -109,6 +113,10 @@ def test_a_bundle_carries_the_figures_of_base_and_adapter_and_a_report(whole):
         assert figures.rows == 3
         before, after = figures.metrics["perplexity"]
         assert after == pytest.approx(before, rel=1e-4)
+    # Nobody asks of the base what the adapter has learnt: that figure is told, and bound for the adapter alone.
+    bound = {name: figures.budgets.keys() for name, figures in manifest.parity.items()}
+    assert bound["north"] - bound["base"] == {"perplexity_ratio", "metric_loss"}
+    assert {"difference", "kl", "top1"} <= bound["base"]
     assert "| north | 3 |" in (whole / "parity.md").read_text(encoding="utf-8")
 
 
@@ -151,6 +159,59 @@ def test_an_fp32_bundle_becomes_smaller_ones_without_its_base(whole, tmp_path, p
     assert all(0 < figures.kl < 0.3 for figures in after.parity.values())
 
 
+def test_a_bundle_whose_files_have_several_names_is_made_smaller_as_any_other(whole, tmp_path):
+    """As after an update that was applied: hard links to the files of the version before; the same bytes come of them."""
+    linked = shutil.copytree(whole, tmp_path / "linked", copy_function=os.link)
+    assert (linked / "model.onnx.data").stat().st_nlink > 1
+    made = requantise(linked, "q8", tmp_path / "q8", KEY)
+    assert verified(linked, TRUSTED) == verified(whole, TRUSTED)
+    assert verified(made, TRUSTED).profile == "q8"
+
+
+def test_nothing_is_made_where_something_is_or_in_its_source(whole, base, adapters, tmp_path):
+    """Before any work: the base that does not exist would be found out about next."""
+    before = verified(whole, TRUSTED)
+    for output, said in ((tmp_path, "is there already"), (whole / "next", "lies in"), (whole / "adapters" / "next", "lies in")):
+        with pytest.raises(BundleError, match=said):
+            requantise(whole, "q8", output, KEY)
+        with pytest.raises(BundleError, match=said):
+            add_adapters(whole, {"south": adapters["south"]}, output, KEY, base_model=str(tmp_path / "none"))
+    assert verified(whole, TRUSTED) == before
+
+
+def test_a_next_version_without_anything_new_is_refused(whole, base, tmp_path):
+    with pytest.raises(ConfigurationError, match="adapters: found none"):
+        add_adapters(whole, {}, tmp_path / "next", KEY, base_model=base)
+    assert left(tmp_path) == []
+
+
+def test_an_adapter_of_rank_0_is_refused_by_its_name(base, adapters, tmp_path):
+    empty = Path(shutil.copytree(adapters["north"], tmp_path / "empty"))
+    shapes = {name: tensor.shape for name, tensor in load_file(empty / "adapter_model.safetensors").items()}
+    none = {
+        name: np.zeros((0, shape[1]) if ".lora_A." in name else (shape[0], 0), np.float32) for name, shape in shapes.items()
+    }
+    save_file(none, empty / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match=r"south: .* rank 0"):
+        make_bundle(Request(base, tmp_path / "new", KEY, {"south": empty}))
+    assert left(tmp_path) == ["empty"]
+
+
+def test_a_head_that_nobody_trained_is_not_signed_alone(base, adapters, tmp_path):
+    """The embedded model is a decoder; PEFT's LoRA for classification brings ``score.weight``, one for answers does not."""
+    with pytest.raises(ModelError, match=r"holds no trained score\.weight: its labels would be drawn at random"):
+        make_bundle(Request(base, tmp_path / "new", KEY, kind="classifier"))
+    assert left(tmp_path) == []
+    found = find(base)
+    stored = read_stored(adapters["north"])
+    with pytest.raises(ModelError, match=r"score\.weight, nor does the adapter north"):
+        check_heads(found, "classifier", {"north": stored})
+    brings = dataclasses.replace(stored.adapter, dense={"score.weight": np.zeros((2, 128), np.float32)})
+    whole = dataclasses.replace(stored, adapter=brings)
+    assert "base alone classifies at random" in check_heads(found, "classifier", {"north": whole})[0]
+    assert check_heads(found, "decoder", {}) == []
+
+
 def test_what_was_rounded_is_not_rounded_again(whole, tmp_path):
     made = requantise(whole, "q8", tmp_path / "q8", KEY)
     with pytest.raises(BundleError, match="is of profile q8"):
@@ -159,7 +220,13 @@ def test_what_was_rounded_is_not_rounded_again(whole, tmp_path):
 
 
 def test_a_bundle_beyond_a_bound_is_not_written_and_says_by_how_much(whole, tmp_path):
-    with pytest.raises(BundleError, match=r"q4 bundle differs too much.*\n  - base: kl is \S+, expected at most 1e-09"):
+    stale = tmp_path / ".q4-abcd_123"  # what somebody killed two days ago
+    stale.mkdir()
+    os.utime(stale, (0, 0))
+    with pytest.raises(
+        BundleError,
+        match=r"(?s)q4 bundle differs too much.*\n  - base: kl is \S+, expected at most 1e-09\n.*--budget NAME=VALUE",
+    ):
         requantise(whole, "q4", tmp_path / "q4", KEY, budget={"kl": 1e-9})
     assert left(tmp_path) == []
 
@@ -189,6 +256,18 @@ def test_the_gate_notices_an_adapter_that_is_another_one(whole, base, adapters, 
     with pytest.raises(BundleError, match="north: difference is"):
         write_bundle(tmp_path / "wrong", described, files, KEY, Gate(Original(), {"base": [Probe([1, 5, 9, 30])]}))
     assert left(tmp_path) == ["two"]
+
+
+def test_outputs_that_are_no_numbers_are_told_with_the_adapter_that_gave_them(whole):
+    class Original:
+        against = "PyTorch"
+
+        def outputs(self, name):
+            return lambda ids: np.full((len(ids), verified(whole, TRUSTED).decoder.vocabulary), np.nan)
+
+    known = {"base": verified(whole, TRUSTED).parity["base"]}
+    with pytest.raises(BundleError, match=r"^north: \d+ of \d+ outputs of the model are NaN"):
+        Gate(Original(), {"base": [Probe([1, 5, 9])]}, kept=known)(whole, KEY.public_key())
 
 
 def test_an_adapter_of_another_base_is_refused(whole, base, tmp_path, tmp_path_factory):

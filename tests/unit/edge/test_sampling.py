@@ -84,6 +84,21 @@ def test_temperature_zero_takes_the_likeliest():
     assert all(draw(logits(seed)) == logits(seed).argmax() for seed in range(20))
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-310, 1e-30])
+@pytest.mark.parametrize("chosen", [{}, {"top_k": 5}, {"top_p": 0.9}])
+def test_a_temperature_near_zero_takes_the_likeliest_too(temperature, chosen):
+    """Where the logits over the temperature are more than any float: warnings are errors here."""
+    draw = Draw(Writing(temperature=temperature, **chosen), [], VOCABULARY)
+
+    assert all(draw(logits(seed)) == logits(seed).argmax() for seed in range(5))
+
+
+@pytest.mark.parametrize("penalty", [1e-38, 1e-320, 0.009, 101.0])
+def test_a_repetition_penalty_that_no_logit_survives_is_refused(penalty):
+    with pytest.raises(ConfigurationError, match="repetition_penalty"):
+        writing(repetition_penalty=penalty)
+
+
 def test_draws_follow_the_probabilities():
     """Oracle: the multinomial's own spread, 5 standard deviations; the seed is fixed."""
     scores = np.log(np.array([0.5, 0.25, 0.15, 0.1]))

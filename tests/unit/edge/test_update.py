@@ -110,8 +110,8 @@ def test_nothing_older_equal_or_foreign_is_applied(tmp_path, old, new, update):
     remember(tmp_path / "state", verified(bundle(tmp_path / "v7", 7), TRUSTED))
     assert "opened 7" in refused(old, update, tmp_path / "device", state=tmp_path / "state")
     assert not (tmp_path / "device").exists()
-    for before, after in ((new, old), (new, new)):
-        with pytest.raises(BundleError, match="lowest that is allowed"):
+    for before, after, said in ((new, old, "version 1, older than version 2"), (new, new, "version 2, the same as version 2")):
+        with pytest.raises(BundleError, match=said):
             write_update(tmp_path / "wrong", before, after, TRUSTED)
     with pytest.raises(BundleError, match="expected clinic"):
         write_update(tmp_path / "wrong", old, tmp_path / "bank", TRUSTED)
@@ -214,11 +214,11 @@ def test_too_small_a_disk_is_said_with_numbers(tmp_path, old, update, monkeypatc
 
 
 def test_what_a_killed_update_left_goes_after_a_day(tmp_path, old, update):
-    for name, age in ((".device-old", 25), (".device-now", 1), (".devices-old", 25)):
+    for name, age in ((".device-old_old_", 25), (".device-now_now_", 1), (".device-s-old_old_", 25)):
         (tmp_path / name).mkdir()
         os.utime(tmp_path / name, (time.time() - age * 3600,) * 2)
     apply_update(old, update, tmp_path / "device", TRUSTED)
-    assert {path.name for path in tmp_path.glob(".device*")} == {".device-now", ".devices-old"}
+    assert {path.name for path in tmp_path.glob(".device*")} == {".device-now_now_", ".device-s-old_old_"}
 
 
 # Every step that changes the disk raises one of Python's audit events: the child dies by SIGKILL at the n-th.

@@ -1,6 +1,7 @@
 """An adapter on disk: what we write PEFT loads, what PEFT wrote we read, and a folder is there whole or not at all."""
 
 import json
+import os
 import resource
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from protocol.adapter import Adapter, Factors
 from protocol.errors import AdapterError, BaseMismatchError
-from protocol.files import base_model_of, read_adapter, whole_folder, write_adapter, write_whole
+from protocol.files import base_model_of, read_adapter, sweep, whole_folder, write_adapter, write_whole
 from protocol.manifest import Manifest
 from protocol.plan import Plan
 
@@ -499,6 +500,49 @@ def test_a_folder_appears_only_when_its_block_has_ended(tmp_path):
         assert not (tmp_path / "new").exists()
     assert left_in(tmp_path) == ["new"]
     assert left_in(tmp_path / "new") == ["one"]
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before", "meanwhile"])
+@pytest.mark.parametrize("kind", ["full", "empty", "file", "link"])
+def test_a_folder_that_is_not_to_replace_anything_does_not(tmp_path, kind, late):
+    target = tmp_path / "there"
+
+    def occupy():
+        if kind == "file":
+            target.write_text("kept")
+        elif kind == "link":
+            target.symlink_to(tmp_path / "nowhere")
+        else:
+            target.mkdir()
+            if kind == "full":
+                (target / "kept").write_text("kept")
+
+    def write():
+        with whole_folder(target, replaces=False) as draft:
+            (draft / "one").write_text("1")
+            if late:
+                occupy()
+
+    if not late:
+        occupy()
+    with pytest.raises(FileExistsError, match="there"):
+        write()
+    assert left_in(tmp_path) == ["there"]
+    assert not (target / "one").exists()
+
+
+def test_what_killed_writers_left_is_removed_after_a_day_and_nothing_else(tmp_path):
+    target = tmp_path / "b.1"
+    names = {".b.1-abcd_123", ".b.1-old-abcd_123", ".b.1-next-abcd_123", ".bx1-abcd_123", "b.1-abcd_123", ".b.1-recent12"}
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("1")
+        if "recent" not in name:
+            os.utime(tmp_path / name, (0, 0))
+    (tmp_path / ".b.1-link1234").symlink_to(tmp_path / "b.1-abcd_123")
+    os.utime(tmp_path / ".b.1-link1234", (0, 0), follow_symlinks=False)
+    sweep(target)
+    assert set(left_in(tmp_path)) == names - {".b.1-abcd_123"} | {".b.1-link1234"}
 
 
 @pytest.mark.parametrize("stop", [StoppedError, KeyboardInterrupt, SystemExit])

@@ -1,7 +1,9 @@
 """Keys in files and signatures: OpenSSH agrees, one purpose is not another, and nothing but SignatureError is raised."""
 
 import base64
+import errno
 import hashlib
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -20,6 +22,7 @@ from protocol.signature import (
     read_trusted,
     sign,
     verify,
+    write_pair,
     write_private,
     write_public,
 )
@@ -119,6 +122,53 @@ def test_a_key_is_never_written_over(tmp_path):
     with pytest.raises(SignatureError, match="already"):
         write_private(tmp_path / "link", KEY)
     assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("failing", [1, 2], ids=["the private key", "the public key"])
+def test_a_disk_that_is_full_leaves_no_key_and_a_later_try_makes_both(tmp_path, monkeypatch, failing):
+    """Fault injection into the operating system: the bytes of one of both files never reach the disk."""
+    real, calls = os.fsync, []
+
+    def full(handle):
+        calls.append(handle)
+        if len(calls) == failing:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_pair(tmp_path / "key", KEY)
+    assert list(tmp_path.iterdir()) == []
+    assert write_pair(tmp_path / "key", KEY, "us") == tmp_path / "key.pub"
+    assert raw(read_private(tmp_path / "key").public_key()) == raw(read_trusted(tmp_path / "key.pub")[0]) == raw(PUBLIC)
+
+
+def test_keys_are_written_whole_where_a_disk_knows_no_links(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    write_pair(tmp_path / "key", KEY)
+    assert raw(read_private(tmp_path / "key").public_key()) == raw(PUBLIC)
+    with pytest.raises(SignatureError, match="already"):
+        write_pair(tmp_path / "key", OTHER)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["key", "key.pub"]
+    assert raw(read_private(tmp_path / "key").public_key()) == raw(PUBLIC)
+
+
+def test_half_a_pair_is_there_already_and_stays_as_it_is(tmp_path):
+    write_public(tmp_path / "key.pub", PUBLIC)
+    with pytest.raises(SignatureError, match=r"key\.pub: there is a file already"):
+        write_pair(tmp_path / "key", OTHER)
+    assert [path.name for path in tmp_path.iterdir()] == ["key.pub"]
+    assert raw(read_trusted(tmp_path / "key.pub")[0]) == raw(PUBLIC)
+
+
+def test_a_pipe_is_no_key_and_nothing_waits_for_it(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for read in (read_private, read_trusted):
+        with pytest.raises(SignatureError, match="no ordinary file"):
+            read(tmp_path / "pipe")
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o601])
@@ -225,8 +275,9 @@ def test_one_bad_line_spoils_a_file_of_trusted_keys(tmp_path):
 
 
 def test_a_missing_key_is_a_mistake_that_its_user_can_mend(tmp_path):
-    for read in (read_private, read_trusted):
-        with pytest.raises(UserError, match="keygen"):
+    """Who has no key makes one; whom to trust is never made up on the spot."""
+    for read, advice in ((read_private, "keygen makes one$"), (read_trusted, "public keys of those whom you trust")):
+        with pytest.raises(UserError, match=advice):
             read(tmp_path / "none")
         with pytest.raises(SignatureError):
             read(tmp_path)
