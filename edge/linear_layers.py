@@ -80,7 +80,7 @@ def settle(model: ir.Model, shapes: Mapping[str, tuple[int, int]], kept: Collect
             matmul.replace_input_with(1, frozen[module])
         matmul.name = module if counts[module] == 1 else f"{module}.{sum(layer.module == module for layer in made)}"
         made.append(Linear(module, matmul, shapes[module], output, counts[module] > 1))
-    _drop_unused(model.graph)
+    drop_unused(model.graph)
     return made
 
 
@@ -197,7 +197,8 @@ def _as_in_torch(graph: ir.Graph, module: str, matmul: ir.Node, shape: tuple[int
     matmul.replace_input_with(1, turned.outputs[0])
 
 
-def _drop_unused(graph: ir.Graph) -> None:
+def drop_unused(graph: ir.Graph) -> None:
+    """Takes out nodes and initialisers that nothing reads, in place; optional inputs stay."""
     for node in reversed(list(graph)):
         if not any(output.uses() or output.is_graph_output() for output in node.outputs):
             graph.remove(node, safe=True)

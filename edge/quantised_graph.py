@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from edge import graph_file
 from edge.blockwise import BLOCK, Blocks, Floats, round_to_nearest, unpacked
+from edge.linear_layers import drop_unused
 from protocol.errors import ConfigurationError, ModelError
 
 CONTRIB = "com.microsoft"
@@ -137,7 +138,7 @@ def each_weight(model: ir.Model, put: Callable[[ir.Graph, Weight], None]) -> ir.
     for weight in weights_of(made):
         put(made.graph, weight)
     made.graph.opset_imports[CONTRIB] = 1  # not every graph had any of its operators before
-    _drop_unused(made.graph)
+    drop_unused(made.graph)
     return made
 
 
@@ -257,12 +258,3 @@ def constant(value: ir.Value) -> ir.TensorProtocol:
     if value.const_value is None:
         raise ModelError(f"{value.name}: an initialiser without numbers")
     return value.const_value
-
-
-def _drop_unused(graph: ir.Graph) -> None:
-    for node in reversed(list(graph)):
-        if not any(output.uses() or output.is_graph_output() for output in node.outputs):
-            graph.remove(node, safe=True)
-    for name, value in list(graph.initializers.items()):
-        if not value.uses() and not value.is_graph_input() and not value.is_graph_output():
-            del graph.initializers[name]
