@@ -277,7 +277,7 @@ class _Bundle:
 
     def read(self, ids: Any) -> object:
         if self._reader is None:
-            return self._model._encode(ids, self._adapter, _TEXTS)  # noqa: SLF001 (ids, as the others get)
+            return self._model._encoded(ids, self._model._adapter(self._adapter), _TEXTS)  # noqa: SLF001 (ids, as the others get)
         self._reader = self._model.reader(self._adapter)  # or it would know the prompt already
         return self._reader.read([ids])
 
