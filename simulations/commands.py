@@ -161,7 +161,8 @@ def _say(text: str) -> None:
 
 def _tell(record: "RoundRecord") -> None:
     losses = [f"{name} {metrics['train-loss']:.3f}" for name, metrics in record.accepted.items() if "train-loss" in metrics]
-    _say(f"{record.title}: {record.seconds:.1f} s, training loss {', '.join(losses)}")
+    # Under a secure sum no node tells any.
+    _say(f"{record.title}: {record.seconds:.1f} s" + (f", training loss {', '.join(losses)}" if losses else ""))
     if aside := record.merge.get("details", {}).get("set aside"):
         _say(f"{record.title}: set aside {aside}")
     for name, reason in {**record.refused, **record.silent, **record.paused, **record.evaluation_refused}.items():
