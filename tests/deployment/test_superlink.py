@@ -209,7 +209,9 @@ def test_a_supernode_that_is_killed_while_it_trains_costs_no_more_than_the_deadl
 
     assert run.wait(timeout=300) == 0, terminals.story()
     first, second = (json.loads((tmp_path / f"result/rounds/000{n}/round.json").read_text()) for n in (1, 2))
-    assert first["silent"] == {"clinic": f"no reply within {deadline_seconds} s"}, terminals.story()
+    # At the deadline Flower gives the node up too, two heartbeats after the last: either may be told first.
+    assert first["silent"].keys() == {"clinic"}, terminals.story()
+    assert any(said in first["silent"]["clinic"] for said in ("no reply within", "Node Unavailable")), terminals.story()
     assert sorted(first["accepted"]) == ["bank", "third"]
     assert first["seconds"] < deadline_seconds + 10
     assert "clinic" not in second["accepted"]
