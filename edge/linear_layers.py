@@ -97,15 +97,18 @@ def _owner(node: ir.Node) -> str:
     return str(path[-2]).removeprefix(f"{HELD}.") if len(path) > 1 else ""
 
 
+def before_transpose(value: ir.Value | None) -> tuple[ir.Value | None, bool]:
+    """What a value is the transpose of, or the value itself, and whether there is a Transpose."""
+    producer = None if value is None else value.producer()
+    if producer is None or producer.op_type != "Transpose":
+        return value, False
+    return producer.inputs[0], True
+
+
 def _weight(value: ir.Value | None) -> tuple[ir.Value, bool] | None:
     """The initialiser that a value is, or is the transpose of; None for what is computed, and for a head that is an input."""
-    if value is None:
-        return None
-    producer = value.producer()
-    transposed = producer is not None and producer.op_type == "Transpose"
-    if producer is not None and transposed:
-        value = producer.inputs[0]
-    return (value, transposed) if value is not None and value.const_value is not None and value.is_initializer() else None
+    found, transposed = before_transpose(value)
+    return (found, transposed) if found is not None and found.const_value is not None and found.is_initializer() else None
 
 
 def _plain(graph: ir.Graph, node: ir.Node) -> tuple[ir.Node, ir.Value]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from edge import graph_file
 from edge.blockwise import BLOCK, Blocks, Floats, round_to_nearest, unpacked
-from edge.linear_layers import drop_unused
+from edge.linear_layers import before_transpose, drop_unused
 from protocol.errors import ConfigurationError, ModelError
 
 CONTRIB = "com.microsoft"
@@ -99,13 +99,7 @@ def too_small(asked: int, least: int, how: str) -> ConfigurationError:
 
 def _multiplied(node: ir.Node) -> tuple[ir.Value, bool] | None:
     """The constant matrix of a MatMul, and whether a Transpose stands before it."""
-    value = node.inputs[1] if node.op_type == "MatMul" else None
-    if value is None:
-        return None
-    producer = value.producer()
-    turned = producer is not None and producer.op_type == "Transpose"
-    if producer is not None and turned:
-        value = producer.inputs[0]
+    value, turned = before_transpose(node.inputs[1] if node.op_type == "MatMul" else None)
     return None if value is None or not is_matrix(value) else (value, turned)
 
 

@@ -25,6 +25,7 @@ from safetensors.numpy import load, save
 
 from protocol.adapter import Adapter, Array, Factors
 from protocol.codec import encode
+from protocol.durable import to_disk
 from protocol.errors import AdapterError, FederationError, FedgeError, shown
 from protocol.federation import Federation
 from protocol.files import MANIFEST, read_adapter, save_adapter, whole_folder, write_whole
@@ -405,11 +406,7 @@ def _seal(folder: Path) -> None:
     sums = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
     (folder / CHECKSUMS).write_text(json.dumps(sums, indent=2), encoding="utf-8")
     for path in [*files.values(), folder / CHECKSUMS, folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        to_disk(path)
 
 
 def _check_seal(folder: Path) -> None:

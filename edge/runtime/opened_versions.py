@@ -5,12 +5,12 @@ or not, and never lowered by another process that opens an older version at the 
 Whoever may write there can do so too: it guards against old bundles, not against the device's owner.
 """
 
-import os
 import re
 from pathlib import Path
 from typing import Final
 
 from edge.runtime.manifest import BundleManifest
+from protocol.durable import to_disk
 from protocol.errors import BundleError
 
 FOLDER: Final = ".fedge-opened-versions"
@@ -52,13 +52,3 @@ def remember(state: Path, manifest: BundleManifest) -> None:
             f"{state}: the version that was opened cannot be remembered ({type(error).__name__}); name a folder that this "
             "device may write to, or choose to go without"
         ) from None
-
-
-def to_disk(folder: Path) -> None:
-    """Names in a folder outlive a power cut only once the folder itself is written."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

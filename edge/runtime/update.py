@@ -14,8 +14,8 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from edge.runtime.manifest import MANIFEST, SIGNATURE, BundleManifest, File
-from edge.runtime.opened_versions import to_disk
 from edge.runtime.verify import check_listing, check_version, chunks, signed_manifest, verified
+from protocol.durable import to_disk
 from protocol.errors import BundleError, shown
 from protocol.files import sweep, whole_folder
 

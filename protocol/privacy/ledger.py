@@ -20,6 +20,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
+from protocol.durable import to_disk
 from protocol.errors import PrivacyError, shown
 from protocol.privacy.accounting import Budget, Mechanism, Rounds, counted, epsilon
 
@@ -159,7 +160,7 @@ class PrivacyLedger:
         finally:
             os.close(handle)
         if not self._entries:
-            _synchronise(self.path.parent)
+            to_disk(self.path.parent)
         self._entries.append(entry)
         self._last, self._whole_bytes, self._cut_off = digest, self._whole_bytes + len(line), False
 
@@ -197,12 +198,3 @@ def _entry(line: bytes) -> Entry | None:
         return _ENTRY.validate_python({key: value for key, value in told.items() if key != "digest"})
     except (ValueError, AttributeError, RecursionError, ValidationError, PrivacyError):
         return None
-
-
-def _synchronise(folder: Path) -> None:
-    """A new file's name is in its folder, which has a disk block of its own."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

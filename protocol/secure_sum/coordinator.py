@@ -157,15 +157,14 @@ class Coordinator:
         """
         self._enough(len(openings.keys() & self._confirmed), "have opened")
         openings = {name: opening for name, opening in openings.items() if name in self._confirmed}
-        total, stayed = self._total.copy(), sorted(self._added)
-        seeds = [(self._seed(name, openings), True) for name in stayed]
+        total = self._total.copy()
+        seeds = [(self._seed(name, openings), True) for name in sorted(self._added)]
         for left in sorted(self._shared - self._added):
             key = self._masking_key(left, openings)
-            for other in stayed:
-                if other in self._holders(left):
-                    purpose = pair_purpose(self.terms, b"mask", left, other)
-                    # The other added its stream with the sign that is taken back here.
-                    seeds.append((agreed(key, self._adverts[other].masking, purpose), not left < other))
+            for other in sorted(self._added & set(self._holders(left))):
+                purpose = pair_purpose(self.terms, b"mask", left, other)
+                # The other added its stream with the sign that is taken back here.
+                seeds.append((agreed(key, self._adverts[other].masking, purpose), not left < other))
         add(total, seeds)
         return total
 

@@ -123,10 +123,8 @@ class Node:
         if words.shape != (self._terms.length,):
             raise SecureSumError(f"secure sum: found {words.shape} words, the terms say {self._terms.length}")
         holders = self._holders()
-        if foreign := received.keys() - set(holders) or self._name in received:
-            raise SecureSumError(
-                f"secure sum: shares of {foreign and 'nodes'} that this node does not hold for; nothing is sent"
-            )
+        if received.keys() - (set(holders) - {self._name}):
+            raise SecureSumError("secure sum: shares of nodes that this node does not hold for; nothing is sent")
         if 1 + len(received) < self._terms.threshold(len(holders)):
             raise SecureSumError(
                 f"secure sum: {1 + len(received)} of {len(holders)} holders have shared, "

@@ -44,7 +44,11 @@ def drawn(call, node, arrived):
             a, b = (a, sent.B[:, : call.r]) if call.trains == "A" else (sent.A[: call.r], b)
         factors[module] = Factors(a, b)
     dense = {name: rng.normal(size=shape).astype(np.float32) for name, shape in DENSE.items()}
-    manifest = Manifest(
+    return Update(Adapter(factors, dense), manifest_of(call, int(rng.integers(1, 100))))
+
+
+def manifest_of(call, num_examples):
+    return Manifest(
         base_digest=BASE,
         kind="update",
         method="lora",
@@ -53,9 +57,8 @@ def drawn(call, node, arrived):
         federation=call.federation,
         round=call.round,
         parent=call.digest,
-        num_examples=int(rng.integers(1, 100)),
+        num_examples=num_examples,
     )
-    return Update(Adapter(factors, dense), manifest)
 
 
 class Scripted(InProcessGrid):

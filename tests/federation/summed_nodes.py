@@ -1,7 +1,7 @@
 """Nodes whose drawn updates go into secure sums, by the real code of a node; open ones beside them are the oracle."""
 
 import numpy as np
-from drawn_nodes import BASE, DENSE, MODULES, rank_of
+from drawn_nodes import BASE, DENSE, MODULES, manifest_of, rank_of
 from flwr.app import Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
@@ -10,7 +10,6 @@ from client.secure_sum import Party, begin, go_on
 from protocol.adapter import Adapter, Factors
 from protocol.errors import FedgeError
 from protocol.federation import Federation
-from protocol.manifest import Manifest
 from protocol.records import METRICS, Offer, metric_record, offer_records, read_call, update_records
 from protocol.signature import make_key
 from protocol.update import Update
@@ -40,17 +39,7 @@ def changed(call, node, arrived):
     rows = np.arange(6) != node % 6 if node % 2 else np.ones(6, bool)
     rows[5] = False  # which nobody trains
     head = arrived.dense.get("score.weight", HEAD) + 0.1 * rows[:, None] * rng.standard_normal(HEAD.shape)
-    manifest = Manifest(
-        base_digest=BASE,
-        kind="update",
-        method="lora",
-        precision="fp32",
-        r=call.r,
-        federation=call.federation,
-        round=call.round,
-        parent=call.digest,
-        num_examples=int(rng.integers(10, 90)),
-    )
+    manifest = manifest_of(call, int(rng.integers(10, 90)))
     return Update(Adapter(factors, {"score.weight": head.astype(np.float32)}), manifest, {"score.weight": rows})
 
 
