@@ -164,7 +164,8 @@ def serve(
     import logging
     from contextlib import suppress
 
-    from edge.runtime.server import BundleServer, Settings
+    from edge.runtime.listening import Settings
+    from edge.runtime.server import BundleServer
 
     settings = Settings(address=address, port=port, token=_token(token_env), parallel=parallel, waiting=waiting)
     model = _opened(bundle, key, adapter, threads, any_version)

@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 from small_bundles import KEY, TRUSTED
 
 from edge.bundle import write_bundle
+from edge.runtime.listening import Settings
 from edge.runtime.manifest import BundledAdapter, DecoderShape, Description, adapter_path
 from edge.runtime.model import open as opened
-from edge.runtime.server import BundleServer, Settings
+from edge.runtime.server import BundleServer
 from protocol.errors import ConfigurationError, EndpointError
 from protocol.writer_settings import EndpointSettings
 from strategies.endpoint import Endpoint
@@ -366,7 +367,7 @@ def test_who_sends_a_byte_at_a_time_is_let_go(model):
 
 
 def test_more_connections_and_more_waiting_requests_than_agreed_are_sent_away(model):
-    with serving(model, waiting=0, connections=3) as server, server.turn():
+    with serving(model, waiting=0, connections=3) as server, server.turns.take():
         reply = chat(server)
         assert (reply.status_code, reply.headers["retry-after"]) == (429, "1")
     with serving(model, connections=3) as server:
@@ -388,7 +389,7 @@ def is_served(server):
 
 
 def test_an_answer_that_nobody_waits_for_any_more_is_not_written_to_its_end(model, caplog):
-    caplog.set_level(logging.INFO, "edge.runtime.server")
+    caplog.set_level(logging.INFO, "edge.runtime")
     asked = json.dumps({"model": "base", "prompt": "One", "max_tokens": 500, "temperature": 0}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(asked)}"
     with serving(model, waiting=0) as server:
@@ -406,7 +407,7 @@ def test_who_stops_waiting_for_a_turn_leaves_room_for_another(model):
         except httpx.ReadTimeout:
             return True
 
-    with serving(model, waiting=1) as server, server.turn():
+    with serving(model, waiting=1) as server, server.turns.take():
         assert waits()
         assert until(waits)
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from runtime_bundles import concat_decoder, open_tested
 
-from edge.runtime.server import BundleServer, Settings
+from edge.runtime.listening import Settings
+from edge.runtime.server import BundleServer
 
 TABLE = np.random.default_rng(1).normal(size=(6, 4)).astype(np.float32)
 PLACES = np.random.default_rng(2).normal(size=(12, 4)).astype(np.float32)
