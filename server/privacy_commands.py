@@ -5,11 +5,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 if TYPE_CHECKING:
+    from protocol.federation import Federation
     from protocol.privacy.accounting import Mechanism, Rounds
 
 
@@ -28,7 +29,7 @@ def mount(coordinator: typer.Typer) -> None:
 
 def budget(
     federation: Annotated[
-        Path | None, typer.Argument(help="Its YAML file: rounds, cohort, how many sums a round has, who adds the noise.")
+        Path | None, typer.Argument(help="Its YAML file: with a privacy section it says all that the options say.")
     ] = None,
     nodes: Annotated[
         int | None, typer.Option(min=1, help="Institutions that may be drawn; else the cohort, or minimum_nodes.")
@@ -36,9 +37,9 @@ def budget(
     rounds: Annotated[int | None, typer.Option(min=1, max=1_000_000, help="Rounds; else the federation's.")] = None,
     cohort: Annotated[int | None, typer.Option(min=1, help="Institutions a round; else the federation's, or all.")] = None,
     sampling: Annotated[
-        Sampling,
+        Sampling | None,
         typer.Option(help="How a cohort is drawn that stays secret; all: whoever reads the result may know who took part."),
-    ] = Sampling.all,
+    ] = None,
     releases: Annotated[
         int | None,
         typer.Option(min=1, max=15, help="Noised sums a round: 2 through a sketch, 1 of tensors; else the federation's."),
@@ -51,7 +52,7 @@ def budget(
         float | None, typer.Option(help="Noise of each sum over the clipping norm; without it the one that reaches --epsilon.")
     ] = None,
     epsilon: Annotated[float | None, typer.Option(help="The budget.")] = None,
-    delta: Annotated[float, typer.Option(help="Below one institution's share.")] = 1e-5,
+    delta: Annotated[float | None, typer.Option(help="Below one institution's share; else the federation's, or 1e-5.")] = None,
     nodes_noise: Annotated[
         bool | None, typer.Option("--nodes-noise/--own-noise", help="Nodes noise their updates, or the coordinator the sum.")
     ] = None,
@@ -65,7 +66,13 @@ def budget(
 
     said = _said(federation)
     rounds, cohort = rounds or said.get("rounds"), cohort or said.get("cohort")
-    people = nodes or cohort or said.get("nodes")
+    people = nodes or said.get("people") or cohort or said.get("nodes")
+    delta = said.get("delta", 1e-5) if delta is None else delta
+    if noise_multiplier is None and epsilon is None:  # a budget that is asked about is not answered with the file's noise
+        noise_multiplier = said.get("noise_multiplier")
+    epsilon = said.get("epsilon") if epsilon is None else epsilon
+    how: Literal["all", "poisson", "fixed"] = sampling.value if sampling else said.get("sampling", "all")
+    ledger = ledger or said.get("ledger")
     problems = []
     if rounds is None:
         problems.append("--rounds: missing; say how many, or name a federation's file")
@@ -77,15 +84,15 @@ def budget(
         raise ConfigurationError("command line", problems)
     number, everybody = rounds, people
     own = nodes_noise if nodes_noise is not None else bool(said.get("secure"))
-    others = () if bit_noise is None else (2 * bit_noise,)
-    sums = releases or said.get("releases", 1)
+    sums, votes = releases or said.get("releases", 1), said.get("votes", lambda z: None)
 
     def mechanism(z: float) -> Mechanism:
+        bits = bit_noise or votes(z)
         return Mechanism(
-            (*(z,) * sums, *others),
+            (*(z,) * sums, *(() if bits is None else (2 * bits,))),
             nodes=everybody,
-            cohort=everybody if sampling is Sampling.all else cohort or everybody,
-            sampling=sampling.value,
+            cohort=everybody if how == "all" else cohort or everybody,
+            sampling=how,
             noise="discrete" if own else "gaussian",
         )
 
@@ -113,12 +120,34 @@ def _said(file: Path | None) -> dict[str, Any]:
     from protocol.privacy_settings import SUMMED
 
     found = load(file, Federation)
-    return {
+    said = {
         "rounds": max(len(plans) for plans in found.schedules().values()),
         "cohort": found.rounds.cohort,
         "nodes": found.rounds.minimum_nodes,
         "releases": 2 if SUMMED.get(found.aggregation.rule) == "products" else 1,
         "secure": found.secure_sum.enabled,
+    }
+    return said | _privacy(found) if found.privacy.enabled else said
+
+
+def _privacy(federation: "Federation") -> dict[str, Any]:
+    """What its privacy section says, in place of the options."""
+    from protocol.privacy.ledger import FILE
+    from protocol.privacy.planned import PlannedRounds
+
+    settings, planned = federation.privacy, PlannedRounds.of(federation)
+    ledger = settings.ledger or federation.output / FILE
+    return {
+        "people": planned.nodes,
+        "cohort": planned.cohort,
+        "releases": max(planned.releases),
+        "secure": settings.noise == "nodes",
+        "sampling": settings.sampling,
+        "epsilon": settings.epsilon,
+        "delta": settings.delta,
+        "noise_multiplier": settings.noise_multiplier,
+        "votes": planned.bit_noise,
+        "ledger": ledger if ledger.is_file() else None,
     }
 
 

@@ -7,13 +7,16 @@ known, and the round loop tries again.
 A sum less the same sum without one node is that node. So where somebody of the first sum has no vector in the second, or in
 another attempt at the round, as many others are left out of that as it takes to hide them among each other; where too few would
 stay, it is given up. Nodes hold the coordinator to it (``client.secure_sum``).
+
+Under differential privacy the sums hold the nodes' noise already, or get the coordinator's before anything is made of them;
+what they cost is written before the first of them is opened.
 """
 
 import logging
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from flwr.app import Message, MessageType, RecordDict
@@ -24,12 +27,14 @@ from protocol.adapter import Array
 from protocol.enrolment import Enrolled
 from protocol.errors import MessageError, SecureSumError, StartMissingError
 from protocol.federation import Federation
+from protocol.privacy.private_sum import PrivateSum
 from protocol.privacy_settings import SUMMED
 from protocol.records import payload_bytes, read_stage, read_vector, stage_records
 from protocol.secure_sum.contribution import Frame
 from protocol.secure_sum.coordinator import Coordinator
 from protocol.secure_sum.fixed_point import Words
 from protocol.secure_sum.messages import Advert
+from protocol.secure_sum.sketch import Sketch
 from protocol.secure_sum.stages import (
     FIRST,
     MOST_SUMMED,
@@ -48,11 +53,15 @@ from protocol.secure_sum.stages import (
 )
 from protocol.secure_sum.terms import FEWEST_NODES
 from server.admission import most_examples
+from server.aggregation.rule import Start
 from server.exchange import Collected, collect
 from server.publishing import Publisher
 from server.standing import Standing
 from server.track import Track
-from server.training_round import AskedNode, Trained, TrainingRound
+from server.training_round import AskedNode, Sent, Trained, TrainingRound
+
+if TYPE_CHECKING:
+    from server.spending import Spending
 
 log = logging.getLogger("flwr")
 T = TypeVar("T")
@@ -69,12 +78,20 @@ class SecureRound(TrainingRound):
         publisher: Packs global adapters and knows who holds which.
         standing: What was learnt about nodes; of single updates there is nothing to learn.
         enrolled: Public keys by node name; nobody else is asked.
+        spending: The privacy budget, where sums are noised.
     """
 
     def __init__(
-        self, grid: Grid, federation: Federation, publisher: Publisher, standing: Standing, enrolled: Enrolled
+        self,
+        grid: Grid,
+        federation: Federation,
+        publisher: Publisher,
+        standing: Standing,
+        enrolled: Enrolled,
+        spending: "Spending | None" = None,
     ) -> None:
         super().__init__(grid, federation, publisher, standing)
+        self._spending = spending
         self._enrolled = enrolled
         # Of the last round: who spoiled an attempt, and whose updates were in a sum that was opened, by track.
         self._spoiled: dict[str, tuple[int, str]] = {}
@@ -82,9 +99,14 @@ class SecureRound(TrainingRound):
 
     def _barred(self, name: str, number: int) -> str | None:
         if name not in self._enrolled:
-            return "its name is not enrolled (secure_sum.enrolled)"
+            return "its name is not enrolled (trust.enrolled)"
         spoiled, reason = self._spoiled.get(name, (0, ""))
         return f"spoiled an attempt at this round: {reason}" if spoiled == number else super()._barred(name, number)
+
+    def _sent(self, track: Track, start: Start, number: int) -> Sent:
+        sent = super()._sent(track, start, number)
+        promise = self._spending and self._spending.promise()
+        return replace(sent, call=sent.call.model_copy(update={"privacy": promise}))
 
     def _carried_out(
         self, number: int, tracks: Mapping[str, Track], asked: Mapping[int, AskedNode], done: dict[str, Trained]
@@ -109,6 +131,9 @@ class SecureRound(TrainingRound):
             track.rule.begin(track.adapter)
             track.rule.merge_partial(partial)
             done.adapter, done.report = track.rule.finalise()
+            if self._spending and attempt.private:
+                done.privacy = self._spending.figures()
+                self._spending.voted(attempt.votes, attempt.private.expected)
         except SecureSumError as error:
             done.given_up = str(error)
             log.warning("round %d%s: %s", number, f" of {track.name}" if track.name else "", error)
@@ -127,14 +152,16 @@ class SecureRound(TrainingRound):
         terms = Asked(
             run=secrets.token_hex(16),
             nodes=names,
+            call=some.call.alike(),
             kind=SUMMED[self._federation.aggregation.rule],
             limit=settings.limit,
-            examples=settings.examples or most_examples(some.call),
-            width=settings.width or 2 * self._federation.aggregation.rank_cap,
+            examples=1 if self._spending else settings.examples or most_examples(some.call),
+            width=self._spending.width if self._spending else settings.width or 2 * self._federation.aggregation.rank_cap,
             neighbours=settings.neighbours,
             share=settings.share,
         )
-        frame = Frame(terms, reference.modules, reference.dense, some.published.adapter, some.call.trains)
+        promise = some.call.privacy
+        frame = Frame(terms, reference.modules, reference.dense, some.published.adapter, some.call.trains, promise)
         told = {
             one.member.name: replace(one, sent=replace(one.sent, call=one.sent.call.model_copy(update={"secure_sum": terms})))
             for one in asked.values()
@@ -142,7 +169,12 @@ class SecureRound(TrainingRound):
         sums = tuple(Coordinator(each, self._enrolled) for each in frame.terms(self._federation.name, number))
         opened, before = self._opened.get(track.name, (0, frozenset()))
         known = before if opened == number else frozenset()
-        return _Attempt(self._grid, self._federation, frame, sums, told, done, self._message, self._publisher, known)
+        attempt = _Attempt(self._grid, self._federation, frame, sums, told, done, self._message, self._publisher, known)
+        if (spending := self._spending) and promise:
+            step = 1 / sums[FIRST].terms.fixed_point.scale
+            attempt.private = PrivateSum(frame, promise, spending.expected(len(names)), step)
+            attempt.spend = lambda: spending.spend(number, len(sums))
+        return attempt
 
 
 @dataclass
@@ -160,6 +192,8 @@ class _Attempt:
         before: Whose updates were in a sum of this round that nodes have opened already; empty if there was none.
         added: Whose updates are in the first sum.
         opened: Nodes were asked to open it.
+        private, spend: What is noised, and what writes its cost, where privacy is promised.
+        votes: Their sum, noised, where nodes vote.
     """
 
     grid: Grid
@@ -173,6 +207,9 @@ class _Attempt:
     before: frozenset[str]
     added: frozenset[str] = frozenset()
     opened: bool = False
+    private: PrivateSum | None = None
+    spend: Callable[[], None] = lambda: None
+    votes: float = 0.0
 
     def run(self) -> dict[str, Array]:
         """The total, as the rule's ``merge_partial`` takes it.
@@ -192,14 +229,39 @@ class _Attempt:
         boxes = self._shared(adverts)
         self._masked(FIRST, boxes[FIRST], self.before)
         self.added = self.sums[FIRST].survivors()
+        if self.private:
+            return self._run_privately(self.private, boxes)
         first = self._opened(FIRST)
         ranges = sketch.ranges(first)
+        second = self._second(boxes, ranges) if len(self.sums) > SECOND else first[:1]
+        return self.frame.partial(sketch.totalled(first, ranges, second), len(self.added))
+
+    def _run_privately(self, private: PrivateSum, boxes: list[dict[str, dict[str, bytes]]]) -> dict[str, Array]:
+        if len(self.added) < self.federation.rounds.minimum_nodes:  # before it costs anything
+            raise SecureSumError(f"secure sum: {len(self.added)} updates, {self.federation.rounds.minimum_nodes} are needed")
+        self.spend()
+        opened = self._opened(FIRST)
+        # Each weighs one, to the rounding of every node.
+        if not abs(opened[0] - len(self.added)) <= private.step * len(self.added):
+            raise SecureSumError(
+                f"secure sum: {len(self.added)} updates weigh {opened[0]:.6g}, expected 1 each; somebody's did not, and whose, "
+                "a sum does not tell"
+            )
+        first = private.released(FIRST, opened)
+        self.votes = private.votes(first)
+        ranges = private.ranges(first)
         second = first[:1]
         if len(self.sums) > SECOND:
-            stayed = {name: box for name, box in boxes[SECOND].items() if name in self.added}
-            self._masked(SECOND, stayed, self.added, ranges)
-            second = self._opened(SECOND)
-        return self.frame.partial(sketch.totalled(first, ranges, second), len(self.added))
+            second = private.released(SECOND, self._second(boxes, ranges))
+        deviation = None
+        if private.promise.noise == "nodes":
+            deviation = max(private.promise.spread(each.terms, len(each.survivors())) for each in self.sums)
+        return private.partial(first, ranges, second, len(self.added), deviation)
+
+    def _second(self, boxes: list[dict[str, dict[str, bytes]]], ranges: Mapping[str, Array]) -> NDArray[np.float64]:
+        stayed = {name: box for name, box in boxes[SECOND].items() if name in self.added}
+        self._masked(SECOND, stayed, self.added, ranges)
+        return self._opened(SECOND, Sketch.digest(ranges))
 
     # Stages ---------------------------------------------------------------------------------------------------------------
 
@@ -279,7 +341,7 @@ class _Attempt:
         for name, vector in list(spare.items())[out:]:
             coordinator.add(name, vector)
 
-    def _opened(self, phase: int) -> NDArray[np.float64]:
+    def _opened(self, phase: int, told: bytes = b"") -> NDArray[np.float64]:
         coordinator = self.sums[phase]
         survivors = coordinator.survivors()
         about = {"federation": self.federation.name, "run": self.frame.asked.run, "phase": phase}
@@ -293,7 +355,7 @@ class _Attempt:
         openings = self._ask(
             dict.fromkeys(sorted(confirmed), question), lambda _, reply: read_stage(reply.content, Opened).opening()
         )
-        return coordinator.terms.fixed_point.decode(coordinator.total(openings))
+        return coordinator.terms.fixed_point.decode(coordinator.total(openings, told))
 
     # Messages -------------------------------------------------------------------------------------------------------------
 

@@ -41,6 +41,7 @@ class Trained:
         adapter, report: The next global adapter; None where too few updates could be used.
         split: Names of the members that should go on apart, where the updates disagree.
         given_up: Why there is no secure sum.
+        privacy: What the release was noised with, and what it and all before it have cost (``server.spending``).
     """
 
     accepted: dict[str, Mapping[str, float]] = field(default_factory=dict)
@@ -56,6 +57,7 @@ class Trained:
     report: MergeReport | None = None
     split: tuple[frozenset[str], frozenset[str]] | None = None
     given_up: str = ""
+    privacy: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,14 @@ class AskedNode:
 
 
 @dataclass(frozen=True)
-class _Admitted:
+class Admitted:
+    """An update that may be merged, but for the update.
+
+    Attributes:
+        change: How far it is from what it began from.
+        metrics, num_examples: As its node says.
+    """
+
     change: Change
     metrics: Mapping[str, float]
     num_examples: int
@@ -132,7 +141,7 @@ class TrainingRound:
 
     def _draw(self, track: Track, number: int, connected: set[int], done: Trained) -> dict[int, AskedNode]:
         ranks = {member.offer.r for member in track.members.values() if member.node in connected}
-        starts = {r: _start(track, r, number) for r in ranks}
+        starts = {r: start_of(track, r, number) for r in ranks}
         available = {}
         for name, member in track.members.items():
             if member.node not in connected:
@@ -144,11 +153,15 @@ class TrainingRound:
                 done.paused[name] = f"the rule trains rank {start.r}, this node offered {member.offer.r}"
             else:
                 available[name] = member
-        size = self._rounds.cohort
-        size = None if size is None else round(size * (1 + self._rounds.over_selection))
-        drawn = [available[name] for name in draw(available, size, self._rounds.seed, number)]
+        drawn = [available[name] for name in self._chosen(available, track, number)]
         sent = {r: self._sent(track, starts[r], number) for r in sorted({member.offer.r for member in drawn})}
         return {member.node: AskedNode(member, track, sent[member.offer.r]) for member in drawn}
+
+    def _chosen(self, available: Mapping[str, Member], track: Track, number: int) -> list[str]:  # noqa: ARG002
+        """Names of those that are asked, of those that could be."""
+        size = self._rounds.cohort
+        size = None if size is None else round(size * (1 + self._rounds.over_selection))
+        return draw(available, size, self._rounds.seed, number)
 
     def _sent(self, track: Track, start: Start, number: int) -> Sent:
         key = track.name if start.adapter is track.adapter else f"{track.name}/rank-{start.r}"
@@ -165,11 +178,11 @@ class TrainingRound:
         )
         return Sent(call, published, reference, start.trained(published.adapter))
 
-    def _exchange(self, asked: Mapping[int, AskedNode], held: Held, done: Mapping[str, Trained]) -> Collected[_Admitted]:
+    def _exchange(self, asked: Mapping[int, AskedNode], held: Held, done: Mapping[str, Trained]) -> Collected[Admitted]:
         def message(node: int, *, whole: bool = False) -> Message:
             return self._message(asked[node], done[asked[node].track.name], whole=whole)
 
-        def read(node: int, reply: Message) -> _Admitted:
+        def read(node: int, reply: Message) -> Admitted:
             one = asked[node]
             update, metrics = read_update(reply.content, one.sent.trained)
             change = check(update, one.member.offer, one.sent.call, one.sent.trained)
@@ -177,7 +190,7 @@ class TrainingRound:
             done[one.track.name].bytes_received += payload_bytes(reply.content)
             self._publisher.holds(node, one.sent.published.digest, one.sent.call.reference)
             held.put(node, update)
-            return _Admitted(change, metrics, update.manifest.num_examples)
+            return Admitted(change, metrics, update.manifest.num_examples)
 
         def again(node: int, reason: str) -> Message | None:
             return message(node, whole=True) if reason == StartMissingError.code else None
@@ -208,14 +221,20 @@ class TrainingRound:
             counts[asked[node].track.name] += 1
         return all(count >= self._rounds.cohort for count in counts.values())
 
-    def _merge(
-        self, track: Track, asked: Mapping[int, AskedNode], heard: Collected[_Admitted], held: Held, done: Trained
-    ) -> None:
-        own = {node: one for node, one in asked.items() if one.track is track}
+    @staticmethod
+    def _note(own: Mapping[int, AskedNode], heard: Collected[Admitted], done: Trained) -> dict[int, str]:
+        """Tells a track's story of who has not answered as they should; names by node."""
         names = {node: one.member.name for node, one in own.items()}
         done.refused |= {names[node]: reason for node, reason in sorted(heard.refused.items()) if node in own}
         done.silent |= {names[node]: reason for node, reason in sorted(heard.silent.items()) if node in own}
         done.dropped = sorted(names[node] for node in heard.dropped if node in own)
+        return names
+
+    def _merge(
+        self, track: Track, asked: Mapping[int, AskedNode], heard: Collected[Admitted], held: Held, done: Trained
+    ) -> None:
+        own = {node: one for node, one in asked.items() if one.track is track}
+        names = self._note(own, heard, done)
         admitted = {node: one for node, one in heard.results.items() if node in own}
         outliers = self._standing.outliers({node: one.change.norm for node, one in admitted.items()})
         outliers = self._standing.cancelling({node: one.change.apart for node, one in admitted.items()}) | outliers
@@ -239,13 +258,13 @@ class TrainingRound:
             done.split = (left, right)
 
 
-def _start(track: Track, r: int, number: int) -> Start:
+def start_of(track: Track, r: int, number: int) -> Start:
     """What the rule sends; a change of whole weights is compressed by itself, or it would share its rank with what was sent."""
     start = track.rule.start(track.adapter, r, number)
     return replace(start, fresh=True) if track.plan(number).method in COMPRESSED else start
 
 
-def _with_count(admitted: _Admitted) -> dict[str, float]:
+def _with_count(admitted: Admitted) -> dict[str, float]:
     return {**admitted.metrics, "num-examples": admitted.num_examples}
 
 

@@ -45,6 +45,7 @@ Accountant = Literal["rdp", "pld"]
 # Beyond it an epsilon promises nothing, and the distribution of so large a loss only fills the memory.
 _LARGEST_BY_PLD = 50.0
 _MOST_ROUNDS = 1_000_000
+_MOST_NOISE = 1024.0  # for what is left of a budget: beyond it nothing of a sum is seen
 # To which a multiplier is searched: a look into tables takes seconds.
 _STEP: Mapping[Accountant, float] = {"rdp": 1e-6, "pld": 1e-4}
 # An order that it leaves out makes a bound looser and nothing wrong; it says so for each of them, each time.
@@ -180,7 +181,15 @@ def noise_multiplier(rounds: Callable[[float], Rounds], budget: Budget, accounta
     """
     _check_delta(budget.delta, max((mechanism.nodes for mechanism in rounds(1.0)), default=1))
     by = _chosen(rounds(1.0), accountant)
-    found = _calibrated("rdp", rounds, budget, LowerEndpointAndGuess(1e-3, 1.0))
+    try:
+        found = _calibrated("rdp", rounds, budget, LowerEndpointAndGuess(1e-3, 1.0))
+    except PrivacyError:
+        # What was spent before may be all that Renyi's looser bound allows, and leave something by the tighter one.
+        found = 1.0
+        while by == "pld" and found < _MOST_NOISE and epsilon(rounds(found), budget.delta) > budget.epsilon:
+            found *= 2
+        if by == "rdp" or found >= _MOST_NOISE:
+            raise
     if by == "rdp":
         return found
     if _bound("pld", rounds(found), budget.delta) >= budget.epsilon:  # below its discretisation

@@ -9,7 +9,7 @@ the ledger being refused. A last line that was cut off by a crash is a release t
 for a disk that lost the end of a line looks the same. Lines that were cut off whole are missed by whoever knows how many
 releases there are, and ``begin`` asks.
 
-One process writes a ledger, the one that holds the federation's folder.
+One process writes a ledger; one that finds more in it than it has read or written writes nothing.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import PositiveInt, TypeAdapter, ValidationError
 
 from protocol.durable import to_disk
 from protocol.errors import PrivacyError, shown
@@ -36,12 +36,14 @@ class Entry:
         number: From 1, without gaps.
         round: Which it was meant for.
         mechanism: What it costs.
+        times: How often the mechanism ran for it: the steps of a training whose outcome alone is released.
         damaged: The line was cut off, and counts as the dearest of what came before and was to come.
     """
 
     number: int
     round: int
     mechanism: Mechanism
+    times: PositiveInt = 1
     damaged: bool = False
 
 
@@ -63,7 +65,8 @@ class PrivacyLedger:
     def __init__(self, path: Path, budget: Budget) -> None:
         self.path = path
         self.budget = budget
-        self._entries, self._last, self._whole_bytes, self._cut_off = _read(path)
+        self._entries, self._last, self._whole_bytes, self._size = _read(path)
+        self._cut_off = self._size != self._whole_bytes
 
     @property
     def entries(self) -> tuple[Entry, ...]:
@@ -72,18 +75,19 @@ class PrivacyLedger:
 
     def spent(self) -> dict[Mechanism, int]:
         """How often each kind of round is counted."""
-        return counted(entry.mechanism for entry in self._entries)
+        return counted(entry.mechanism for entry in self._entries for _ in range(entry.times))
 
     def epsilon(self) -> float:
         """What is spent, at the budget's delta."""
         return epsilon(self.spent(), self.budget.delta)
 
-    def begin(self, plan: Rounds, released: int = 0) -> float:
+    def begin(self, plan: Rounds, released: int = 0, at_once: int = 1) -> float:
         """Asks whether a plan can end within the budget; to be called before its first round, and after every restart.
 
         Args:
             plan: The rounds that are still to come.
             released: Releases that are known to have been made (rounds that are kept).
+            at_once: How often one release of the plan runs its mechanism.
 
         Returns:
             Epsilon after the plan's last round.
@@ -97,15 +101,8 @@ class PrivacyLedger:
                 f"{self.path}: holds {len(self._entries)} releases, and {released} are known to have been made; put the whole "
                 "ledger back, for what is missing cannot be counted"
             )
-        if self._cut_off:
-            known = {**plan, **self.spent()}
-            if not known:
-                raise PrivacyError(
-                    f"{self.path}: all that it holds is cut off; say which rounds are to come, it counts as one of them"
-                )
-            dearest = max(known, key=lambda mechanism: epsilon({mechanism: 1}, self.budget.delta))
-            self._append(Entry(len(self._entries) + 1, 0, dearest, damaged=True))
-        total = self._after(plan)
+        self.mend(plan, at_once)
+        total = self.after(plan)
         if total > self.budget.epsilon:
             already = f" after {self.epsilon():.4g} that are spent" if self._entries else ""
             raise PrivacyError(
@@ -115,31 +112,52 @@ class PrivacyLedger:
             )
         return total
 
-    def affords(self, mechanism: Mechanism) -> bool:
-        """Whether one more such round stays within the budget."""
-        return not self._cut_off and self._after({mechanism: 1}) <= self.budget.epsilon
+    def mend(self, plan: Rounds, at_once: int = 1) -> None:
+        """Counts a release whose line was cut off as the dearest that it can have been; args as for ``begin``.
 
-    def spend(self, mechanism: Mechanism, number: int) -> None:
+        Raises:
+            PrivacyError: There is nothing that it could have been.
+            OSError: The disk does not take the entry.
+        """
+        if not self._cut_off:
+            return
+        known = {**plan, **self.spent()}
+        if not known:
+            raise PrivacyError(
+                f"{self.path}: all that it holds is cut off; say which rounds are to come, it counts as one of them"
+            )
+        dearest = max(known, key=lambda mechanism: epsilon({mechanism: 1}, self.budget.delta))
+        times = max([at_once, *(entry.times for entry in self._entries)])
+        self._append(Entry(len(self._entries) + 1, 0, dearest, times, damaged=True))
+
+    def affords(self, mechanism: Mechanism, times: int = 1) -> bool:
+        """Whether one more such round stays within the budget."""
+        return not self._cut_off and self.after({mechanism: times}) <= self.budget.epsilon
+
+    def spend(self, mechanism: Mechanism, number: int, times: int = 1) -> None:
         """Writes that a round is released. Only when this has returned may it be.
 
         Args:
             mechanism: What the release costs.
             number: The round's.
+            times: How often the mechanism ran for it.
 
         Raises:
             PrivacyError: The budget does not allow it, or ``begin`` was not asked after a crash; nothing is written.
             OSError: The disk does not take it; the entry may be there or not, and nothing may be released.
         """
-        if not self.affords(mechanism):
+        if not self.affords(mechanism, times):
+            after = self.after({mechanism: times})
             raise PrivacyError(
-                f"privacy: round {number} would bring epsilon from {self.epsilon():.4g} to {self._after({mechanism: 1}):.4g}, "
+                f"privacy: round {number} would bring epsilon from {self.epsilon():.4g} to {after:.4g}, "
                 f"the budget is {self.budget.epsilon:g} at a delta of {self.budget.delta:g}; the run ends here"
                 if not self._cut_off
                 else f"{self.path}: its last line is cut off; begin anew, which counts it"
             )
-        self._append(Entry(len(self._entries) + 1, number, mechanism))
+        self._append(Entry(len(self._entries) + 1, number, mechanism, times))
 
-    def _after(self, plan: Rounds) -> float:
+    def after(self, plan: Rounds) -> float:
+        """What all that is spent costs together with what is to come."""
         together = self.spent()
         for mechanism, count in plan.items():
             together[mechanism] = together.get(mechanism, 0) + count
@@ -150,6 +168,13 @@ class PrivacyLedger:
         line, digest = _line(entry, self._last)
         handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
+            _alone(handle)
+            if self._size not in (None, os.fstat(handle).st_size):
+                raise PrivacyError(
+                    f"{self.path}: another process has written it; what it has spent must count here too, so begin anew, and "
+                    "give federations that run at once a ledger each"
+                )
+            self._size = None  # of a write that fails
             # Until the new line is whole, the ledger is one whose last line is cut off; that is counted, too.
             self._cut_off = True
             written = 0
@@ -163,6 +188,16 @@ class PrivacyLedger:
             to_disk(self.path.parent)
         self._entries.append(entry)
         self._last, self._whole_bytes, self._cut_off = digest, self._whole_bytes + len(line), False
+        self._size = self._whole_bytes
+
+
+def _alone(handle: int) -> None:
+    """Holds others off until the handle is closed."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has none of it
+        return
+    fcntl.flock(handle, fcntl.LOCK_EX)
 
 
 def _line(entry: Entry, before: str) -> tuple[bytes, str]:
@@ -171,12 +206,12 @@ def _line(entry: Entry, before: str) -> tuple[bytes, str]:
     return f'{told[:-1]}, "digest": "{digest}"}}\n'.encode(), digest
 
 
-def _read(path: Path) -> tuple[list[Entry], str, int, bool]:
-    """The entries, the last one's digest, how many bytes they take and whether something follows that is no whole line."""
+def _read(path: Path) -> tuple[list[Entry], str, int, int | None]:
+    """The entries, the last one's digest, how many bytes they take, and how many there are."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        return [], _BEGINNING, 0, False
+        return [], _BEGINNING, 0, 0
     whole = content.rfind(b"\n") + 1
     entries: list[Entry] = []
     last = _BEGINNING
@@ -189,7 +224,7 @@ def _read(path: Path) -> tuple[list[Entry], str, int, bool]:
             )
         last = _line(entry, last)[1]
         entries.append(entry)
-    return entries, last, whole, whole < len(content)
+    return entries, last, whole, len(content)
 
 
 def _entry(line: bytes) -> Entry | None:

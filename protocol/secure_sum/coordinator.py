@@ -12,7 +12,7 @@ Below the threshold at any stage the sum is given up, and nothing that was sent 
 import hashlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from itertools import combinations
+from itertools import combinations, islice
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -22,10 +22,15 @@ from protocol.errors import SecureSumError, SignatureError
 from protocol.secure_sum.fixed_point import Words
 from protocol.secure_sum.masks import add, agreed
 from protocol.secure_sum.messages import Advert, Opening, order_of, survivors_content
-from protocol.secure_sum.node import ADVERT, SEALED_BYTES, SURVIVORS, check_adverts, pair_purpose
+from protocol.secure_sum.node import ADVERT, SEALED_BYTES, SURVIVORS, check_adverts, mask_purpose
 from protocol.secure_sum.secret_sharing import SHARE_BYTES, recovered
 from protocol.secure_sum.terms import Terms
 from protocol.signature import verify
+
+
+# Without whose shares a secret is looked for: every two of 31 holders, every one of more. A node that has split another secret
+# than it has committed to costs no more than that.
+_MOST_TRIED = 512
 
 
 class Coordinator:
@@ -41,6 +46,7 @@ class Coordinator:
         self.refused: dict[str, str] = {}
         self._enrolled = enrolled
         self._adverts: dict[str, Advert] = {}
+        self._order = b""
         self._shared: frozenset[str] = frozenset()
         self._total: Words = np.zeros(terms.length, np.uint32)
         self._added: set[str] = set()
@@ -64,6 +70,7 @@ class Coordinator:
                 seen |= keys
                 self._adverts[name] = advert
         check_adverts(self.terms, self._adverts, self._enrolled)
+        self._order = order_of(self._adverts)
         return dict(self._adverts)
 
     def unusable(self, name: str, advert: Advert) -> str:
@@ -134,7 +141,7 @@ class Coordinator:
         Raises:
             SecureSumError: They are too few.
         """
-        content = survivors_content(self.terms.digest, order_of(self._adverts), frozenset(self._added))
+        content = survivors_content(self.terms.digest, self._order, frozenset(self._added))
         held = {}
         for name, signature in signatures.items():
             try:
@@ -149,8 +156,12 @@ class Coordinator:
         self._enough(len(held), "have confirmed who has stayed")
         return held
 
-    def total(self, openings: Mapping[str, Opening]) -> Words:
+    def total(self, openings: Mapping[str, Opening], about: bytes = b"") -> Words:
         """The sum of the vectors that were added, modulo 2**32.
+
+        Args:
+            openings: By node.
+            about: As for ``Node.mask``.
 
         Raises:
             SecureSumError: Too few shares came for somebody's mask, or they give another secret than was committed to.
@@ -162,7 +173,7 @@ class Coordinator:
         for left in sorted(self._shared - self._added):
             key = self._masking_key(left, openings)
             for other in sorted(self._added & set(self._holders(left))):
-                purpose = pair_purpose(self.terms, b"mask", left, other)
+                purpose = mask_purpose(self.terms, left, other, about)
                 # The other added its stream with the sign that is taken back here.
                 seeds.append((agreed(key, self._adverts[other].masking, purpose), not left < other))
         add(total, seeds)
@@ -192,8 +203,9 @@ class Coordinator:
         }
         threshold = self.terms.threshold(len(holders))
         known = {place for place in places if holders[place - 1] in self._liars}
-        tried = [known, *(known | set(more) for count in (1, 2) for more in combinations(sorted(places.keys() - known), count))]
-        for without in tried:
+        others = sorted(places.keys() - known)
+        tried = (known.union(more) for count in (0, 1, 2) for more in combinations(others, count))
+        for without in islice(tried, _MOST_TRIED):
             left = {place: share for place, share in places.items() if place not in without}
             with suppress(SecureSumError):
                 secret = recovered(left, threshold)
@@ -208,7 +220,7 @@ class Coordinator:
         )
 
     def _holders(self, name: str) -> tuple[str, ...]:
-        return self.terms.holders(name, sorted(self._adverts), order_of(self._adverts))
+        return self.terms.holders(name, sorted(self._adverts), self._order)
 
     def _enough(self, count: int, what: str) -> None:
         if count < self.terms.fewest():

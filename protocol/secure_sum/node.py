@@ -4,7 +4,8 @@ Five answers to a coordinator that nobody needs to trust:
 
 1. ``advertise``: two fresh X25519 keys and a commitment, signed with the key under which the node is enrolled.
 2. ``share``: checks everybody's signature; splits the seed of its own mask and its masking key among its holders, sealed.
-3. ``mask``: its words, plus the stream of its own seed, plus or minus one stream for each holder that has shared.
+3. ``mask``: its words, plus the stream of its own seed, plus or minus one stream for each holder that has shared. The streams
+   depend on what the words were made of: those of nodes that were told different things do not cancel.
 4. ``confirm``: signs who is said to have stayed.
 5. ``open``: having seen enough signatures under the same list, shares of the seeds of those who stayed and of the masking
    keys of those who left. Of one node it never gives both, for both would open its vector.
@@ -17,6 +18,7 @@ import hashlib
 import json
 import secrets
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Self
 
 from cryptography.exceptions import InvalidTag
@@ -37,6 +39,24 @@ _NONCE_BYTES = 12
 SEALED_BYTES = _NONCE_BYTES + 2 * SHARE_BYTES + 16
 
 
+@dataclass(frozen=True)
+class _Secrets:
+    """A node's own, for one sum."""
+
+    sealing: X25519PrivateKey
+    masking: X25519PrivateKey
+    seed: bytes
+
+    @classmethod
+    def drawn(cls) -> Self:
+        return cls(X25519PrivateKey.generate(), X25519PrivateKey.generate(), secrets.token_bytes(32))
+
+    @classmethod
+    def read(cls, told: Mapping[str, Any]) -> Self:
+        sealing, masking, seed = (bytes.fromhex(told[name]) for name in ("sealing", "masking", "seed"))
+        return cls(X25519PrivateKey.from_private_bytes(sealing), X25519PrivateKey.from_private_bytes(masking), seed)
+
+
 class Node:
     """One node in one sum.
 
@@ -45,20 +65,27 @@ class Node:
         terms: Of the sum, from the coordinator; whether they suit the node is the caller's to say (``client.policy``).
         identity: The node's own signing key.
         enrolled: Public keys of everybody that the consortium has enrolled, by name.
+        own: Of an earlier message (``restored``); without it new ones.
 
     Raises:
         SecureSumError: The node is not asked, or a node that is asked is not enrolled.
     """
 
-    def __init__(self, name: str, terms: Terms, identity: Ed25519PrivateKey, enrolled: Mapping[str, Ed25519PublicKey]) -> None:
+    def __init__(
+        self,
+        name: str,
+        terms: Terms,
+        identity: Ed25519PrivateKey,
+        enrolled: Mapping[str, Ed25519PublicKey],
+        own: "_Secrets | None" = None,
+    ) -> None:
         if name not in terms.nodes:
             raise SecureSumError(f"secure sum: {name} is not among those who are asked")
         if strangers := sorted(set(terms.nodes) - enrolled.keys()):
             raise SecureSumError(f"secure sum: {len(strangers)} of {len(terms.nodes)} nodes are not enrolled; nothing is sent")
         self._name, self._terms, self._identity, self._enrolled = name, terms, identity, enrolled
         self._done = 0
-        self._sealing, self._masking = X25519PrivateKey.generate(), X25519PrivateKey.generate()
-        self._seed = secrets.token_bytes(32)
+        self._secrets = own or _Secrets.drawn()
         self._adverts: dict[str, Advert] = {}
         self._held: dict[str, bytes] = {}
         self._survivors: frozenset[str] = frozenset()
@@ -79,9 +106,9 @@ class Node:
         """Fresh public keys, signed."""
         self._step(1)
         raw = Advert(
-            self._sealing.public_key().public_bytes_raw(),
-            self._masking.public_key().public_bytes_raw(),
-            hashlib.sha256(self._seed).digest(),
+            self._secrets.sealing.public_key().public_bytes_raw(),
+            self._secrets.masking.public_key().public_bytes_raw(),
+            hashlib.sha256(self._secrets.seed).digest(),
             b"",
         )
         signature = sign(self._identity, ADVERT, raw.content(self._terms.digest, self._name))
@@ -96,25 +123,26 @@ class Node:
         self._step(2)
         check_adverts(self._terms, adverts, self._enrolled)
         mine = adverts.get(self._name)
-        if mine is None or mine.masking != self._masking.public_key().public_bytes_raw():
+        if mine is None or mine.masking != self._secrets.masking.public_key().public_bytes_raw():
             raise SecureSumError("secure sum: this node's own keys are not among those that were sent round; nothing is sent")
         self._adverts = dict(adverts)
         holders = self._holders()
         places = {holder: place for place, holder in enumerate(holders, 1)}
         threshold = self._terms.threshold(len(holders))
-        seeds = shared(self._seed, [*places.values()], threshold)
-        keys = shared(self._masking.private_bytes_raw(), [*places.values()], threshold)
+        seeds = shared(self._secrets.seed, [*places.values()], threshold)
+        keys = shared(self._secrets.masking.private_bytes_raw(), [*places.values()], threshold)
         self._held[self._name] = seeds[places[self._name]] + bytes(SHARE_BYTES)  # its own key it would give to nobody
         return {
             holder: self._sealed(holder, seeds[place] + keys[place]) for holder, place in places.items() if holder != self._name
         }
 
-    def mask(self, received: Mapping[str, bytes], words: Words) -> Words:
+    def mask(self, received: Mapping[str, bytes], words: Words, about: bytes = b"") -> Words:
         """The words under every mask; what is given is overwritten.
 
         Args:
             received: Sealed shares of this node's holders, by who sealed them.
             words: ``(length,)``, uint32.
+            about: What everybody was told since the terms, and the words depend on.
 
         Raises:
             SecureSumError: Too few have shared, a share cannot be opened, or the length is another.
@@ -131,8 +159,8 @@ class Node:
                 f"{self._terms.threshold(len(holders))} are needed; nothing is sent"
             )
         self._held |= {sender: self._opened(sender, sealed) for sender, sealed in received.items()}
-        seeds = [(self._seed, False)]
-        seeds += [(self._pairwise(other), other < self._name) for other in sorted(received)]
+        seeds = [(self._secrets.seed, False)]
+        seeds += [(self._pairwise(other, about), other < self._name) for other in sorted(received)]
         add(words, seeds)
         return words
 
@@ -145,6 +173,12 @@ class Node:
         self._step(4)
         if self._name not in survivors or survivors - self._adverts.keys():
             raise SecureSumError("secure sum: a list of survivors without this node, or with some who never advertised")
+        # Between two who stay there is a mask. Else the sum would fall into parts that hide fewer (Bonawitz et al., figure 4).
+        if strangers := survivors.intersection(self._holders()) - self._held.keys():
+            raise SecureSumError(
+                f"secure sum: {len(strangers)} nodes are said to have stayed whose shares this node was never sent; nothing is "
+                "opened"
+            )
         if len(survivors) < self._terms.fewest():
             raise SecureSumError(
                 f"secure sum: {len(survivors)} of {len(self._terms.nodes)} nodes have stayed, {self._terms.fewest()} are needed"
@@ -188,9 +222,9 @@ class Node:
         """All that the next answer needs. Holds secrets: it stays in the node's memory."""
         told: dict[str, Any] = {
             "done": self._done,
-            "sealing": self._sealing.private_bytes_raw().hex(),
-            "masking": self._masking.private_bytes_raw().hex(),
-            "seed": self._seed.hex(),
+            "sealing": self._secrets.sealing.private_bytes_raw().hex(),
+            "masking": self._secrets.masking.private_bytes_raw().hex(),
+            "seed": self._secrets.seed.hex(),
             "adverts": {name: [part.hex() for part in _parts(advert)] for name, advert in self._adverts.items()},
             "held": {name: share.hex() for name, share in self._held.items()},
             "survivors": sorted(self._survivors),
@@ -207,13 +241,11 @@ class Node:
         Raises:
             SecureSumError: The state belongs to other terms.
         """
-        node, told = cls(name, terms, identity, enrolled), json.loads(state)
+        told = json.loads(state)
         if told["terms"] != terms.digest.hex():
             raise SecureSumError("secure sum: asked to go on under other terms than those that it began with; nothing is sent")
+        node = cls(name, terms, identity, enrolled, _Secrets.read(told))
         node._done = told["done"]
-        node._sealing = X25519PrivateKey.from_private_bytes(bytes.fromhex(told["sealing"]))
-        node._masking = X25519PrivateKey.from_private_bytes(bytes.fromhex(told["masking"]))
-        node._seed = bytes.fromhex(told["seed"])
         node._adverts = {each: Advert(*map(bytes.fromhex, parts)) for each, parts in told["adverts"].items()}
         node._held = {each: bytes.fromhex(share) for each, share in told["held"].items()}
         node._survivors = frozenset(told["survivors"])
@@ -234,12 +266,13 @@ class Node:
     def _holders(self) -> tuple[str, ...]:
         return self._terms.holders(self._name, sorted(self._adverts), self._order())
 
-    def _pairwise(self, other: str) -> bytes:
-        return agreed(self._masking, self._adverts[other].masking, pair_purpose(self._terms, b"mask", self._name, other))
+    def _pairwise(self, other: str, about: bytes) -> bytes:
+        purpose = mask_purpose(self._terms, self._name, other, about)
+        return agreed(self._secrets.masking, self._adverts[other].masking, purpose)
 
     def _cipher(self, other: str) -> AESGCM:
         purpose = pair_purpose(self._terms, b"seal", self._name, other)
-        return AESGCM(agreed(self._sealing, self._adverts[other].sealing, purpose))
+        return AESGCM(agreed(self._secrets.sealing, self._adverts[other].sealing, purpose))
 
     def _sealed(self, holder: str, shares: bytes) -> bytes:
         nonce = secrets.token_bytes(_NONCE_BYTES)
@@ -281,6 +314,11 @@ def pair_purpose(terms: Terms, what: bytes, one: str, other: str) -> bytes:
     """What a pair's key is derived for: the same from both ends."""
     first, second = sorted((one.encode(), other.encode()))
     return b"fedge secure sum " + what + terms.digest + len(first).to_bytes(4) + first + second
+
+
+def mask_purpose(terms: Terms, one: str, other: str, about: bytes) -> bytes:
+    """What the stream between two nodes is derived for."""
+    return pair_purpose(terms, b"mask" + hashlib.sha256(about).digest(), one, other)
 
 
 def _direction(terms: Terms, sender: str, holder: str) -> bytes:

@@ -21,6 +21,7 @@ two sums may be over different nodes.
 """
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -79,6 +80,7 @@ class Sketch:
         width: Columns of a basis; fewer where a module has fewer.
         seed: Whatever the basis is drawn from.
         leading: By module, the directions to begin with, ``(r, d_in)``: ``A`` of the adapter that was sent.
+        kept: Bases that were made, where many vectors are made with them.
     """
 
     modules: Mapping[str, tuple[int, int]]
@@ -87,6 +89,7 @@ class Sketch:
     width: int
     seed: bytes
     leading: Mapping[str, Array] = field(default_factory=dict)
+    kept: dict[str, Array] | None = None
 
     def first_length(self) -> int:
         """Values in the first vector."""
@@ -102,6 +105,8 @@ class Sketch:
 
     def basis(self, module: str) -> Array:
         """``O``, ``(d_in, columns)``, float64; equal to rounding at everybody."""
+        if self.kept is not None and module in self.kept:
+            return self.kept[module]
         d_in, columns = self.modules[module][1], self.columns(module)
         seed = hashlib.sha256(self.seed + module.encode()).digest()
         drawn = np.random.Generator(np.random.Philox(int.from_bytes(seed[:16]))).standard_normal((d_in, columns))
@@ -109,7 +114,10 @@ class Sketch:
         norms = np.linalg.norm(known.astype(np.float64), axis=1)
         known = known[norms > 0].astype(np.float64) / norms[norms > 0, None]
         drawn[:, : len(known)] = known.T
-        return np.linalg.qr(drawn)[0]
+        basis = np.linalg.qr(drawn)[0]
+        if self.kept is not None:
+            self.kept[module] = basis
+        return basis
 
     def first(self, own: Innovation, weight: float) -> Vector:
         """A node's first vector, float64.
@@ -139,6 +147,18 @@ class Sketch:
             for kind, name, at, size in self._places()
             if kind == "module"
         }
+
+    @staticmethod
+    def digest(ranges: Mapping[str, Array]) -> bytes:
+        """SHA-256 over a basis: nodes that were told others' is another would not add up to a sum.
+
+        A coordinator that gave all but one a basis across what the first sum has shown would find that one's update alone in
+        the second.
+        """
+        found = hashlib.sha256()
+        for name, basis in sorted(ranges.items()):
+            found.update(json.dumps([name, basis.shape, str(basis.dtype)]).encode() + basis.tobytes())
+        return found.digest()
 
     def second(self, own: Innovation, ranges: Mapping[str, Array], weight: float) -> Vector:
         """A node's second vector, float64.

@@ -43,25 +43,35 @@ class _Told(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, ser_json_bytes="hex", val_json_bytes="hex")
 
 
-class Asked(_Told):
-    """What everybody whose updates are to be added up is told; part of the call.
+class Summing(_Told):
+    """How updates become vectors that can be added up.
 
     Attributes:
         run: Drawn for this attempt at this round; no keys are made twice under it.
-        nodes: Names of all who are asked.
         kind: What is added up: innovations in product space, or the changes of tensors of one shape.
         limit: Norm to which a node shortens its update.
         examples: Rows that weigh 1, as more do.
         width: Columns of the sketch.
-        neighbours, share: As in ``protocol.secure_sum.terms``.
     """
 
     run: Annotated[str, StringConstraints(pattern="^[0-9a-f]{32}$")]
-    nodes: Annotated[tuple[Name, ...], Field(min_length=FEWEST_NODES, max_length=MOST_SUMMED)]
     kind: Summed
     limit: float = Field(ge=1e-3, le=1e4)
     examples: int = Field(ge=1, le=2**24)
     width: int = Field(ge=1, le=2**15)
+
+
+class Asked(Summing):
+    """What everybody whose updates are to be added up is told; part of the call.
+
+    Attributes:
+        nodes: Names of all who are asked.
+        call: Digest of what the call says to all of them alike (``protocol.records.Call.alike``).
+        neighbours, share: As in ``protocol.secure_sum.terms``.
+    """
+
+    nodes: Annotated[tuple[Name, ...], Field(min_length=FEWEST_NODES, max_length=MOST_SUMMED)]
+    call: Annotated[str, StringConstraints(pattern="^([0-9a-f]{64})?$")] = ""
     neighbours: int = Field(0, ge=0, le=1024)
     share: float = Field(gt=0.5, le=1)
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import ceil
 
 from protocol.errors import SecureSumError
@@ -29,6 +29,9 @@ class Terms:
         share: Part of a node's holders, itself among them, that gives its secrets back. With ``t`` of ``n`` holders, a
             coordinator that lies and has ``c`` of them on its side learns nothing while ``2 t > n + c`` (Bonawitz et al. 2017,
             section 6.2).
+        promise: What is promised beside, as text (``protocol.privacy.promise``): nobody is told more noise than others.
+        asked: Digest of everything else that all are told alike: a sum in which the others were asked for nothing, or to weigh
+            nothing, would be one node's update (Pasquini et al. 2022, arXiv:2111.07380).
 
     Raises:
         SecureSumError: Terms under which a node would not be hidden, or a sum could overflow.
@@ -43,6 +46,8 @@ class Terms:
     nodes: tuple[str, ...]
     neighbours: int = 0
     share: float = 2 / 3
+    promise: str = ""
+    asked: str = ""
 
     def __post_init__(self) -> None:
         problems = []
@@ -87,6 +92,11 @@ class Terms:
         """
         if not self.neighbours or len(present) <= self.neighbours + 1:
             return tuple(sorted(present))
-        ring = sorted(present, key=lambda each: hashlib.sha256(order + each.encode()).digest())
+        ring = _ring(tuple(sorted(present)), order)
         at, reach = ring.index(name), self.neighbours // 2
         return tuple(sorted(ring[(at + step) % len(ring)] for step in range(-reach, reach + 1)))
+
+
+@lru_cache(maxsize=4)
+def _ring(present: tuple[str, ...], order: bytes) -> tuple[str, ...]:
+    return tuple(sorted(present, key=lambda each: hashlib.sha256(order + each.encode()).digest()))

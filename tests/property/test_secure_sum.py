@@ -21,6 +21,7 @@ from protocol.signature import sign
 STAGES = ("advertise", "share", "mask", "confirm", "open")
 KEYS = {f"node-{number:02d}": Ed25519PrivateKey.generate() for number in range(40)}
 ENROLLED = {name: key.public_key() for name, key in KEYS.items()}
+BASIS = b"what all were told after they had shared"
 
 
 @dataclass
@@ -41,14 +42,14 @@ class Sum:
         boxes = coordinator.routed({n: self.anew(n).share(adverts) for n in adverts if self.stays(n, "share")})
         for name, box in boxes.items():
             if self.stays(name, "mask"):
-                self.masked[name] = self.anew(name).mask(box, words[name].copy())
+                self.masked[name] = self.anew(name).mask(box, words[name].copy(), BASIS)
                 coordinator.add(name, self.masked[name])
         self.survivors = coordinator.survivors()
         confirmations = coordinator.confirmed(
             {n: self.anew(n).confirm(self.survivors) for n in sorted(self.survivors) if self.stays(n, "confirm")}
         )
         self.openings = {n: self.anew(n).open(confirmations) for n in confirmations if self.stays(n, "open")}
-        return coordinator.total(self.openings)
+        return coordinator.total(self.openings, BASIS)
 
     def anew(self, name: str) -> Node:
         """The node as the process of the next message finds it."""
@@ -200,7 +201,15 @@ def replay(node: Node, terms: Terms) -> Node:
 
 def test_keys_made_for_another_sum_do_not_serve_this_one():
     _, nodes, adverts = started()
-    for changed in ({"round": 2}, {"phase": 1}, {"run": "s"}, {"federation": "g"}, {"limit": 3.0}, {"length": 51}):
+    for changed in (
+        {"round": 2},
+        {"phase": 1},
+        {"run": "s"},
+        {"federation": "g"},
+        {"limit": 3.0},
+        {"length": 51},
+        {"asked": "b"},
+    ):
         other = terms_of(5, **changed)
         late = {name: Node(name, other, KEYS[name], ENROLLED) for name in other.nodes}
         fresh = {name: node.advertise() for name, node in late.items()}
@@ -235,6 +244,40 @@ def test_no_node_gives_both_secrets_of_another_whatever_it_is_told():
             replay(node, terms).open(same)
         with pytest.raises(SecureSumError):
             replay(node, terms).open(signed)
+
+
+def test_a_coordinator_cannot_part_those_who_stay_from_each_other_by_whose_shares_it_hands_on():
+    """Nine nodes, six are needed. The victim is sent the shares of five, all of whom but the coordinator's two are then said to
+    have left: what would hide it were given away. With ``2 t > n + c`` (12 > 11) this must fail (Bonawitz et al. 2017, 6.2).
+    """
+    terms, nodes, adverts = started(9)
+    victim, *others = terms.nodes
+    friends, dropped, stayed = others[:2], others[2:5], others[5:]
+    boxes = {name: {} for name in terms.nodes}
+    for name, node in nodes.items():
+        for holder, sealed in node.share(adverts).items():
+            boxes[holder][name] = sealed
+    boxes[victim] = {name: boxes[victim][name] for name in (*friends, *dropped)}
+    for name, node in nodes.items():
+        node.mask(boxes[name], np.zeros(terms.length, np.uint32))
+    with pytest.raises(SecureSumError, match="never sent"):
+        nodes[victim].confirm(frozenset([victim, *friends, *stayed]))
+
+
+def test_what_nodes_that_were_told_different_things_send_adds_up_to_nothing():
+    """One node is told another basis. All words are zeros, and so would be any sum of some; what comes out looks drawn."""
+    terms = terms_of(5, length=2000)
+    nodes = {name: Node(name, terms, KEYS[name], ENROLLED) for name in terms.nodes}
+    coordinator = Coordinator(terms, ENROLLED)
+    adverts = coordinator.advertised({name: node.advertise() for name, node in nodes.items()})
+    boxes = coordinator.routed({name: node.share(adverts) for name, node in nodes.items()})
+    for at, (name, node) in enumerate(nodes.items()):
+        coordinator.add(name, node.mask(boxes[name], np.zeros(2000, np.uint32), BASIS if at else b"another"))
+    confirmed = coordinator.confirmed({name: node.confirm(coordinator.survivors()) for name, node in nodes.items()})
+    openings = {name: node.open(confirmed) for name, node in nodes.items()}
+    for told in (BASIS, b"another"):
+        total = coordinator.total(openings, told)
+        assert np.count_nonzero(np.abs(total.view(np.int32).astype(np.int64)) < 2**24) < 40  # 16 are expected
 
 
 def test_steps_out_of_order_or_twice_are_refused():
@@ -278,10 +321,10 @@ def test_one_node_that_gives_wrong_shares_is_set_aside_and_more_than_can_be_spar
     total = sums.run(words)
     liars = sums.terms.nodes[:2]
     lies = {name: Opening({other: os.urandom(66) for other in sums.openings[name].seeds}, {}) for name in liars}
-    assert np.array_equal(sums.coordinator.total(sums.openings | {liars[0]: lies[liars[0]]}), total)
+    assert np.array_equal(sums.coordinator.total(sums.openings | {liars[0]: lies[liars[0]]}, BASIS), total)
     assert sums.coordinator.refused.keys() == {liars[0]}
     with pytest.raises(SecureSumError):
-        sums.coordinator.total(sums.openings | lies)
+        sums.coordinator.total(sums.openings | lies, BASIS)
 
 
 def test_a_node_whose_keys_would_make_all_others_give_up_is_left_out():

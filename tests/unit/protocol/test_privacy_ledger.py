@@ -214,4 +214,16 @@ def test_a_ledger_is_its_owners_and_says_rounds_and_costs_alone(tmp_path):
     told = json.loads(ledger.path.read_text())
     assert told.pop("digest")
     mechanism = {"noise_multipliers": [2.0], "nodes": 9, "cohort": 3, "sampling": "poisson", "noise": "gaussian"}
-    assert told == {"number": 1, "round": 7, "damaged": False, "mechanism": mechanism}
+    assert told == {"number": 1, "round": 7, "times": 1, "damaged": False, "mechanism": mechanism}
+
+
+def test_two_processes_that_write_one_ledger_are_found_out_and_nothing_is_lost(tmp_path):
+    """The one that comes second may release nothing; beginning anew it counts what both have spent."""
+    first, second = (PrivacyLedger(tmp_path / FILE, WIDE) for _ in range(2))
+    first.spend(ROUND, 1)
+    with pytest.raises(PrivacyError, match="another process has written it"):
+        second.spend(ROUND, 1)
+    first.spend(ROUND, 2)
+    again = PrivacyLedger(tmp_path / FILE, WIDE)
+    again.spend(ROUND, 1)
+    assert len(PrivacyLedger(tmp_path / FILE, WIDE).entries) == 3

@@ -7,7 +7,7 @@ import typer
 from typer.testing import CliRunner
 
 from protocol.errors import FedgeError
-from protocol.privacy.accounting import Budget, Mechanism, epsilon
+from protocol.privacy.accounting import Budget, Mechanism, affordable, epsilon
 from protocol.privacy.ledger import PrivacyLedger
 from server import privacy_commands
 
@@ -66,6 +66,42 @@ def test_a_federations_file_says_rounds_cohort_sums_and_whose_noise(tmp_path):
     found = told(file, "--noise-multiplier", 4)
     assert found["mechanism"]["noise_multipliers"] == [4.0]
     assert found["mechanism"]["noise"] == "discrete"
+
+
+def test_a_federation_with_privacy_says_everything(tmp_path):
+    """Oracle: the mechanism of its rounds, written down here; its ledger, once there is one, counts."""
+    file = tmp_path / "federation.yaml"
+    content = (
+        "plan: {}\nrounds: {count: 6, minimum_nodes: 3, cohort: 10}\naggregation: {rule: rolora}\n"
+        f"output: {tmp_path}\n"
+        "privacy: {enabled: true, epsilon: 4, delta: 1.0e-4, nodes: 40, sampling: poisson, quantile: 0.5}\n"
+    )
+    file.write_text(content)
+    found = told(file)
+    z = found["noise_multiplier"]
+    assert found["mechanism"]["noise_multipliers"] == pytest.approx([z, 5 * z])
+    round_ = Mechanism(tuple(found["mechanism"]["noise_multipliers"]), 40, 10, "poisson")
+    assert found["epsilon"] == pytest.approx(epsilon({round_: 6}, 1e-4))
+    assert (found["fits"], found["delta"], found["budget"]) == (True, 1e-4, 4.0)
+    assert 3.9 < found["epsilon"] <= 4
+    ledger = PrivacyLedger(tmp_path / "privacy.jsonl", Budget(4.0, 1e-4))
+    ledger.spend(round_, 1)
+    again = told(file)
+    assert again["spent"] == pytest.approx(ledger.epsilon())
+    assert again["noise_multiplier"] > z
+
+
+def test_a_federation_with_noise_of_its_own_says_what_that_buys(tmp_path):
+    file = tmp_path / "federation.yaml"
+    file.write_text(
+        "plan: {}\nrounds: {count: 4, minimum_nodes: 20}\nsecure_sum: {enabled: true}\n"
+        f"output: {tmp_path}\nprivacy: {{enabled: true, epsilon: 8, noise: nodes, noise_multiplier: 3}}\n"
+    )
+    found = told(file)
+    assert found["mechanism"]["noise"] == "discrete"
+    assert found["epsilon"] == epsilon({Mechanism((3.0, 3.0), 20, 20, noise="discrete"): 4}, 1e-5)
+    assert found["rounds_affordable"] == affordable(Mechanism((3.0, 3.0), 20, 20, noise="discrete"), Budget(8.0, 1e-5))
+    assert told(file, "--epsilon", 2)["noise_multiplier"] > 3  # which noise reaches another budget
 
 
 def test_what_a_ledger_says_was_spent_counts(tmp_path):
