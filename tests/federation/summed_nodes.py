@@ -43,7 +43,7 @@ def changed(call, node, arrived):
     return Update(Adapter(factors, {"score.weight": head.astype(np.float32)}), manifest, {"score.weight": rows})
 
 
-def make_app(answer=changed, fewest=3, rank=rank_of, adapter_of=lambda node: ""):
+def make_app(answer=changed, fewest=3, rank=rank_of, adapter_of=lambda node: "", dense=DENSE):
     """A ClientApp of nodes that send what they are asked for: their update, or their part of a sum."""
     app = ClientApp()
 
@@ -61,7 +61,7 @@ def make_app(answer=changed, fewest=3, rank=rank_of, adapter_of=lambda node: "")
     @app.query()
     def query(message, context):
         node = context.node_id
-        facts = {"base_digest": BASE, "method": "lora", "precision": "fp32", "modules": MODULES, "dense": DENSE}
+        facts = {"base_digest": BASE, "method": "lora", "precision": "fp32", "modules": MODULES, "dense": dense}
         offer = Offer(name=f"node-{node}", r=rank(node), adapter=adapter_of(node), **facts)
         return Message(offer_records(offer), reply_to=message)
 

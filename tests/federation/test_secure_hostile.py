@@ -164,7 +164,7 @@ def test_every_forged_answer_costs_a_node_its_place_and_the_round_goes_on(tmp_pa
 def test_a_node_that_is_not_enrolled_is_not_asked_and_one_under_another_s_name_has_no_signature(tmp_path):
     known = {name: key for name, key in ENROLLED.items() if name != "node-5"}
     outcome = run(Watched(make_app(), 8), federation(tmp_path / "a", rounds={"count": 1}), enrolled=known)
-    assert outcome.rounds[0].paused == {"node-5": "its name is not enrolled (secure_sum.enrolled)"}
+    assert outcome.rounds[0].paused == {"node-5": "its name is not enrolled (trust.enrolled)"}
 
     def edit(message, reply):
         if message.metadata.dst_node_id != LIAR or stage_of(message) != ("train", FIRST):
@@ -234,6 +234,14 @@ def test_a_vector_that_no_update_makes_does_not_get_into_the_adapter(tmp_path, s
 # A coordinator that lies --------------------------------------------------------------------------------------------------
 
 
+def saying(message, told):
+    """The question with another text."""
+    records = RecordDict({**message.content, CONFIG: ConfigRecord({"json": json.dumps(told)})})
+    other = Message(records, dst_node_id=message.metadata.dst_node_id, message_type=message.metadata.message_type)
+    other.metadata.__dict__["_message_id"] = message.metadata.message_id
+    return other
+
+
 class Lying(Watched):
     """A coordinator that changes its questions at one stage, to one node or all of them."""
 
@@ -246,11 +254,8 @@ class Lying(Watched):
             told = json.loads(message.content[CONFIG]["json"])
             changed = self.lie(told["question"])
             told["question"] = told["question"] if changed is None else changed
-            records = RecordDict({**message.content, CONFIG: ConfigRecord({"json": json.dumps(told)})})
-            other = Message(records, dst_node_id=message.metadata.dst_node_id, message_type=message.metadata.message_type)
-            other.metadata.__dict__["_message_id"] = message.metadata.message_id
             self.lied_to.add(message.metadata.message_id)
-            return other
+            return saying(message, told)
         return message
 
 
@@ -300,6 +305,38 @@ def test_a_coordinator_s_forged_question_is_answered_with_a_code_and_the_sum_is_
     assert len(changed) >= 6
     assert {reply.error.reason for reply in changed if reply.has_error()} <= {"secure-sum", "message"}
     assert all(reply.has_error() for reply in changed)
+
+
+def test_a_node_that_is_asked_for_something_else_than_the_others_does_not_train(tmp_path):
+    """With a rate of nothing, or rows that weigh nothing, for all but one, the sum would be that one's update."""
+
+    def lied(message):
+        if not is_train(message) or message.metadata.dst_node_id == 4:
+            return message
+        told = json.loads(message.content[CONFIG]["json"])
+        told["plan"]["training"]["learning_rate"] = 1e-30
+        return saying(message, told)
+
+    grid = Watched(make_app(), NODES, before=lied)
+    with pytest.raises(FederationError, match="secure sum"):
+        run(grid, federation(tmp_path, rounds={"count": 1}), enrolled=ENROLLED)
+    replies = [reply for message, reply in grid.seen if is_train(message)]
+    assert {reply.error.reason for reply in replies if reply.has_error()} == {"secure-sum"}
+    assert sum(reply.has_error() for reply in replies) == NODES - 1
+
+
+def test_a_coordinator_that_gives_all_but_one_another_basis_does_not_find_that_one_s_update(tmp_path):
+    """Across what the first sum has shown it would leave node 4's update alone in the second: its masks do not come off."""
+
+    class Grid(Watched):
+        def answer(self, message):
+            if is_train(message) and stage_of(message) == ("mask", SECOND) and message.metadata.dst_node_id != 4:
+                arrays = {name: FlowerArray(-array.numpy()) for name, array in message.content[RANGES].items()}
+                message.content[RANGES] = ArrayRecord(arrays)
+            return super().answer(message)
+
+    with pytest.raises(FederationError, match=r"secure sum: .*(norm|weigh)"):
+        run(Grid(make_app(), NODES), federation(tmp_path, rounds={"count": 1}), enrolled=ENROLLED)
 
 
 def test_swapped_adverts_told_to_one_node_alone_cost_that_node(tmp_path):

@@ -1,6 +1,7 @@
 """Lists of who is enrolled: what cannot be told apart is refused, and nothing but ConfigurationError is raised."""
 
 import json
+from datetime import date
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -8,7 +9,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol.enrolment import read_enrolled
+from protocol.enrolment import read_enrolled, read_enrolment
 from protocol.errors import ConfigurationError
 from protocol.signature import fingerprint
 
@@ -65,3 +66,44 @@ def test_any_bytes_raise_only_a_configuration_error(tmp_path_factory, content):
     path.write_bytes(content)
     with pytest.raises(ConfigurationError):
         read_enrolled(path)
+
+
+def test_everybody_has_a_role_and_revoked_keys_count_for_nobody(tmp_path):
+    found = read_enrolment(
+        written(
+            tmp_path,
+            f"bank: {LINES[0]}\n"
+            f"consortium: {{key: {LINES[1]} head office, role: coordinator}}\n"
+            f"clinic: {{key: {LINES[2]}, revoked: 2026-11-22}}\n",
+        )
+    )
+    assert found.nodes.keys() == {"bank"}
+    assert {name: fingerprint(each) for name, each in found.coordinators.items()} == {"consortium": fingerprint(KEYS[1])}
+    assert found.auditors == {}
+    assert (found.revoked["clinic"].role, found.revoked["clinic"].since) == ("node", date(2026, 11, 22))
+    assert fingerprint(found.revoked["clinic"].key) == fingerprint(KEYS[2])
+    assert found.why_not("clinic") == "clinic: its key was revoked on 2026-11-22"
+    assert found.why_not("court") == "court: not enrolled as a node"
+    assert read_enrolled(tmp_path / "enrolled.yaml").keys() == {"bank"}
+
+
+@pytest.mark.parametrize(
+    ("said", "problem"),
+    [
+        ({"key": LINES[1], "role": "owner"}, "role"),
+        ({"key": LINES[1], "revoked": "soon"}, "revoked"),
+        ({"key": LINES[1], "revokd": "2026-11-22"}, "revokd"),
+        ({"role": "auditor"}, "key"),
+        ({"key": LINES[0]}, "has the key of bank"),
+        ({"key": LINES[0], "role": "coordinator"}, "has the key of bank"),
+        ({"key": LINES[0], "revoked": "2026-11-22"}, "has the key of bank"),
+    ],
+)
+def test_an_entry_of_another_form_and_a_key_that_is_another_s_in_whatever_role_are_refused(tmp_path, said, problem):
+    with pytest.raises(ConfigurationError, match=problem):
+        read_enrolment(written(tmp_path, {"bank": LINES[0], "clinic": said}))
+
+
+def test_what_was_revoked_comes_back_under_no_other_name(tmp_path):
+    with pytest.raises(ConfigurationError, match="new: has the key of old"):
+        read_enrolment(written(tmp_path, {"old": {"key": LINES[0], "revoked": "2026-01-01"}, "new": LINES[0]}))
