@@ -7,9 +7,15 @@ from typing import Annotated
 
 import typer
 
+import client.commands
+import client.policy_commands
 import edge.commands
+import protocol.audit_commands
+import protocol.vault_commands
+import server.audit_commands
 import server.commands
 import server.privacy_commands
+import server.provisioning_commands
 import simulations.commands
 import strategies.adapter_commands
 import strategies.commands
@@ -41,6 +47,13 @@ strategies.probing_commands.mount(app)
 edge.commands.mount(app)
 server.commands.mount(app)
 server.privacy_commands.mount(server.commands.coordinator)
+server.provisioning_commands.mount(server.commands.coordinator)
+client.commands.mount(app)
+client.policy_commands.mount(client.commands.node)
+client.commands.node.command()(protocol.vault_commands.wipe)
+client.commands.node.add_typer(protocol.audit_commands.audit("nodes"), name="audit")
+server.audit_commands.mount(server.commands.coordinator)
+protocol.vault_commands.mount(app)
 # Verbs that do with less than fedge[client].
 _EXTRAS = {"coordinator": "coordinator", "registry": "coordinator", "edge": "export"}
 

@@ -11,11 +11,13 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.arrived import receive
+from client.asked import Asked, read
+from client.audited import Audited
 from client.feedback import with_feedback
-from client.memory import Memory
-from client.node import Node, from_context
-from protocol.errors import FedgeError, SecureSumError, StartMissingError
-from protocol.records import METRICS, metric_record, offer_records, read_asked, update_records
+from client.node import from_context
+from client.permitted import note_training, permitted
+from protocol.errors import AuditError, FedgeError, SecureSumError, StartMissingError
+from protocol.records import METRICS, metric_record, offer_records, payload_bytes, read_asked, update_records
 from strategies.libraries import calm
 
 log = logging.getLogger("flwr")
@@ -27,29 +29,29 @@ _ERROR_CODE = 1
 def query(message: Message, context: Context) -> Message:
     """Joins a federation: answers with an offer."""
 
-    def work() -> RecordDict:
+    def work(asked: Asked) -> RecordDict:
         from client import round as node_round
 
-        call, node = read_asked(message.content), from_context(context)
+        call, node = read_asked(asked.records), asked.node
         for reason in node_round.choose(node_round.wish(call, node), node).reasons.values():
             log.warning("%s: %s", node.name, reason)  # what is less than was asked for is never silent
-        memory = None if node.trial is False else Memory(context.state, call.federation, node.state)
-        return offer_records(node_round.join(call, node, memory))
+        return offer_records(node_round.join(call, node, None if node.trial is False else asked.memory))
 
-    return _answer(message, work)
+    return _answer(message, context, work)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Trains one round: answers with an update."""
 
-    def work() -> RecordDict:
+    def work(asked: Asked) -> RecordDict:
         from client import round as node_round
 
-        node, memory = _node(message, context)
-        received = receive(message.content, memory)
+        node, memory = asked.node, asked.memory
+        received = receive(asked.records, memory)
 
         def trained() -> node_round.Work:
+            note_training(asked, context)
             done = node_round.train(received, node, memory)
             log.info("round %d: %s", received.call.round, ", ".join(f"{k} {v:.4g}" for k, v in done.own_metrics.items()))
             return done
@@ -61,56 +63,77 @@ def train(message: Message, context: Context) -> Message:
             return begin(received, party, lambda: trained().update)
         if node.only_summed:
             raise SecureSumError("asked for an update of its own, and this node's only_summed is true; nothing is trained")
+        promise = received.call.privacy
+        if promise and promise.noise == "nodes":
+            raise SecureSumError(
+                "promised noise that nodes add inside a secure sum, and asked for an update; nothing is trained"
+            )
         done = trained()
-        update = with_feedback(done.update, received, memory)
-        return update_records(update, received.call.wire, done.metrics, received.trained())
+        update = asked.policy.coarse(with_feedback(done.update, received, memory), received.call.plan)
+        return update_records(
+            update, received.call.wire, {} if promise else asked.policy.told(done.metrics), received.trained()
+        )
 
-    return _answer(message, work)
+    return _answer(message, context, work)
 
 
 @app.train("secure_sum")
 def secure_sum(message: Message, context: Context) -> Message:
     """Goes on with a round whose updates are only added up: answers as its stage asks."""
 
-    def work() -> RecordDict:
+    def work(asked: Asked) -> RecordDict:
         from client.secure_sum import Party, go_on
 
-        node = from_context(context)
-        return go_on(message.content, lambda federation: Party.of(node, context.state, federation))
+        return go_on(asked.records, lambda federation: Party.of(asked.node, context.state, federation))
 
-    return _answer(message, work)
+    return _answer(message, context, work)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Measures the global adapter on held-out rows: answers with metrics."""
 
-    def work() -> RecordDict:
+    def work(asked: Asked) -> RecordDict:
         from client import round as node_round
 
-        node, memory = _node(message, context)
-        metrics, count = node_round.evaluate(receive(message.content, memory), node, memory)
-        return RecordDict({METRICS: metric_record(metrics, count)})
+        metrics, count = node_round.evaluate(receive(asked.records, asked.memory), asked.node, asked.memory)
+        return RecordDict({METRICS: metric_record(asked.policy.told(metrics), asked.policy.counted(count))})
 
-    return _answer(message, work)
-
-
-def _node(message: Message, context: Context) -> tuple[Node, Memory]:
-    """This node, and what it remembers of the federation that asks."""
-    node = from_context(context)
-    return node, Memory(context.state, read_asked(message.content).federation, node.state)
+    return _answer(message, context, work)
 
 
-def _answer(message: Message, work: Callable[[], RecordDict]) -> Message:
+def _answer(message: Message, context: Context, work: Callable[[Asked], RecordDict]) -> Message:
+    """Every message's way through this node; what stops it anywhere leaves as a code."""
     calm()
+    told = None
     try:
-        return Message(work(), reply_to=message)
+        told = Audited(from_context(context), context)
+        told.arrived(message)
+        asked = read(message, context)  # who asks, and whether it is new
+        told.asked(asked)
+        asked = permitted(asked, context)
+        answer = work(asked)
+        asked.policy.check_upload(payload_bytes(answer))
+        told.sent(asked, answer)
+        return Message(asked.signed(answer), reply_to=message)
     except FedgeError as error:
         expected = isinstance(error, StartMissingError)  # the coordinator sends it whole
         log.log(logging.INFO if expected else logging.ERROR, "%s", error)
-        code = error.code
+        failed: Exception = error
     except Exception as error:
         # Whatever a library raises may quote a row: the whole of it stays in this node's own log.
         log.exception("the round failed (%s)", type(error).__name__)
-        code = FedgeError.code
-    return Message(Error(code=_ERROR_CODE, reason=code), reply_to=message)
+        failed = error
+    return Message(Error(code=_ERROR_CODE, reason=_code(told, failed)), reply_to=message)
+
+
+def _code(told: Audited | None, failed: Exception) -> str:
+    """What leaves of an error; noted before."""
+    code = failed.code if isinstance(failed, FedgeError) else FedgeError.code
+    try:
+        if told and not isinstance(failed, AuditError):
+            told.refused(failed)
+    except AuditError as error:
+        log.error("%s", error)
+        return error.code
+    return code

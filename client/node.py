@@ -15,10 +15,11 @@ from protocol.mixture_settings import TaskFiles, TaskName
 from protocol.plan import Plan
 from protocol.secure_sum.terms import FEWEST_NODES
 from protocol.strict import Name, Strict
+from protocol.vault import Vault
 from strategies.hardware import Hardware, override, probe
 from strategies.narrowing import TierName
 
-_PATHS = ("data_policy", "identity", "enrolled", "state", "folder", "whole_model")
+_PATHS = ("data_policy", "policy", "identity", "enrolled", "state", "folder", "whole_model", "vault", "audit")
 _ROWS = ("train", "evaluate", "replay", "probe")
 
 
@@ -41,6 +42,9 @@ class Node(Strict):
     data_policy: Path | None = Field(
         None, description="YAML with cleaning, masking and augmentation that this institution does whatever a plan says"
     )
+    policy: Path | None = Field(
+        None, description="YAML with what this institution allows; looked at before anything else (docs/privacy.md)"
+    )
     tier: TierName = Field("large", description="class of its hardware")
     max_rank: PositiveInt | None = Field(None, description="the institution's own limit on the rank")
     profile: Name | None = Field(None, description="a named machine to choose for, in place of this one: simulations")
@@ -60,7 +64,7 @@ class Node(Strict):
     )
     identity: Path | None = Field(None, description="its private key, under which it is enrolled; for its own eyes alone")
     enrolled: Path | None = Field(
-        None, description="YAML with the name and public key of every node whose updates its own may be added to"
+        None, description="YAML with everybody's name, public key and role; with it, only its coordinators are heard"
     )
     only_summed: bool = Field(False, description="its update goes into secure sums alone, whatever a coordinator asks for")
     fewest_summed: PositiveInt = Field(FEWEST_NODES, ge=FEWEST_NODES, description="how many nodes it is hidden among at least")
@@ -69,6 +73,17 @@ class Node(Strict):
     whole_model: Path | None = Field(
         None, description="folder for the whole model that full fine-tuning or freezing made in its last round"
     )
+    vault: Path | None = Field(
+        None,
+        description="key file with which all that it keeps on disk is sealed: state, folder, whole_model (fedge vault keygen)",
+    )
+    vault_passphrase_env: Name | None = Field(
+        None, description="environment variable with the key file's passphrase, where it is under one"
+    )
+    audit: Path | None = Field(
+        None, description="file with a line for whatever it was asked, refused and sent, each chained to the last"
+    )
+    wipe: bool = Field(False, description="overwrite and remove the checkpoints and logs of a round as soon as it is trained")
     progress: bool = Field(False, description="say on standard error how far training is")
 
     @model_validator(mode="after")
@@ -77,6 +92,18 @@ class Node(Strict):
             raise ValueError("train is missing; name the file with the training rows, or tasks")
         if self.tasks and (self.train or self.evaluate):
             raise ValueError("tasks stand in place of train and evaluate; leave one or the other out")
+        return self
+
+    @model_validator(mode="after")
+    def _known_and_knowing(self) -> "Node":
+        if (self.identity is None) != (self.enrolled is None):
+            raise ValueError("identity and enrolled belong together; name both the private key and the list of public ones")
+        return self
+
+    @model_validator(mode="after")
+    def _a_passphrase_is_of_a_key(self) -> "Node":
+        if self.vault_passphrase_env and not self.vault:
+            raise ValueError("vault_passphrase_env is of the key file that vault names; name it, or leave this out")
         return self
 
     @field_serializer("tasks")
@@ -101,6 +128,14 @@ class Node(Strict):
             return plan.model_copy(update={"data": policy.added_to(plan.data)})
         except ValueError as error:
             raise ConfigurationError(str(self.data_policy), [str(error)]) from None
+
+    def sealing(self) -> Vault | None:
+        """The vault that seals what it keeps; None where it names none.
+
+        Raises:
+            VaultError: Its key cannot be read.
+        """
+        return Vault.at(self.vault, self.vault_passphrase_env) if self.vault else None
 
     @property
     def described(self) -> bool:

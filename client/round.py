@@ -11,16 +11,19 @@ import numpy as np
 
 from client.allowed import check
 from client.ladder import Ladder
-from client.memory import Memory
+from client.memory import Memory, path_part
 from client.node import Node
 from client.personal import Personal
 from protocol.adapter import Adapter, Array
 from protocol.errors import BaseMismatchError, ConfigurationError, DataError, ModelError
+from protocol.files import keep_private, private_folder
 from protocol.manifest import Manifest
 from protocol.plan import Plan
 from protocol.product_space import split
 from protocol.records import Call, Offer, Received
+from protocol.sealed_folder import sealed_folder
 from protocol.update import Update
+from protocol.wiping import wipe
 from strategies import architecture
 from strategies.base_model import Base, find, load_tokenizer
 from strategies.calibration import read_calibration
@@ -38,9 +41,12 @@ from strategies.methods import lora, registry
 from strategies.narrowing import Narrowed, fitted, narrow
 from strategies.residents import resident_bytes
 from strategies.training import Stretch, Trained, fit
+from strategies.training_place import Safe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from client.example_ledger import ExampleLedger
 
 log = logging.getLogger("flwr")
 _SAMPLED = 64
@@ -122,6 +128,7 @@ def join(call: Call, node: Node, memory: Memory | None = None, *, aloud: bool = 
         if not any(is_usable(row, tokenizer, plan.data.max_length, plan.objective) for row in rows):
             raise DataError(_all_too_long(what, plan))
     _probe(plan, node)
+    _ledger(plan, node, found.training, base, call.rounds)
     if memory is not None:
         plan = _tried(call, plan, base, node, memory)
     return Offer(
@@ -140,6 +147,9 @@ def join(call: Call, node: Node, memory: Memory | None = None, *, aloud: bool = 
 def train(received: Received, node: Node, memory: Memory) -> Work:
     """Trains one round. Asked for the same round again, it gives the same update to the bit.
 
+    Where each row is private (``training.example_privacy``) rows and noise are drawn anew, so that it gives another, which
+    costs again.
+
     Args:
         received: The coordinator's call and its adapter; this node trains the part of it that the call says.
         node: This node's settings.
@@ -147,11 +157,13 @@ def train(received: Received, node: Node, memory: Memory) -> Work:
 
     Raises:
         BaseMismatchError: The adapter is of another base than the one here.
+        PrivacyError: The rows' budget is spent; nothing is trained.
     """
     call = received.call
     plan, base = _at_asked_rank(received, node), _same_base(call)
     rows = training_rows(plan, node)
-    own = _own_labels(rows, plan)
+    ledger = _ledger(plan, node, rows, base, call.rounds - call.first + 1)
+    own = None if ledger else _own_labels(rows, plan)  # which labels there are, a row may tell
     taken = _rows_of(call, rows, plan, base)
     personal = Personal.of(call, registry.shape(base, plan).head)
     parts = personal.before(memory, call.round)
@@ -160,14 +172,17 @@ def train(received: Received, node: Node, memory: Memory) -> Work:
     learnt = made(taken, _of_round(plan, call.round), base, start, training=True)
     held_out = made(watched, plan, base, received.reference, training=False).rows
 
+    own_folder, safe = _own_folder(call, node), _safe(call, node)
+
     def attempt(plan: Plan) -> Trained:
         return fit(
-            _of_round(plan, call.round),
+            _of_round(_with_noise_of(ledger, plan), call.round),
             base,
             learnt.rows,
             held_out,
-            folder=node.folder / call.federation / f"round-{call.round:04d}" if node.folder else None,
+            folder=own_folder,
             whole=node.whole_model,
+            safe=safe,
             progress=node.progress,
             start=start,
             reference=received.reference,
@@ -179,11 +194,15 @@ def train(received: Received, node: Node, memory: Memory) -> Work:
         )
 
     trained, plan = Ladder(call, plan, node, memory, _usable(rows, base, plan)).train(attempt)
-    if node.folder:
-        _describe(node.folder / call.federation, plan, node, base)
+    costs = {}
+    if ledger and trained.sampled:
+        costs = {"example-epsilon": ledger.spend(trained.sampled, call.round)}  # before anything of it leaves
+    _leave(own_folder, plan, node, base, safe)
     personal.remember(memory, call.round, parts, trained.adapter)
     trained_on = len({id(row) for row in learnt.rows})  # a row that is drawn again is no other row
     shared = personal.shared(trained.adapter if call.fresh else _with_what_stayed(trained.adapter, start, call.r))
+    # How many rows there are, rows may tell: where each is private, the plan's own number is.
+    counted = _taken(plan) if ledger and _taken(plan) else min(trained_on, _taken(plan) or trained_on)
     manifest = Manifest(
         base_digest=base.digest,
         kind="update",
@@ -193,11 +212,11 @@ def train(received: Received, node: Node, memory: Memory) -> Work:
         federation=call.federation,
         round=call.round,
         parent=call.digest,
-        num_examples=min(trained_on, _taken(plan) or trained_on),
+        num_examples=1 if call.privacy else counted,
     )
     update = Update(shared, manifest, _trained_rows(shared, own, registry.shape(base, plan).head, plan))
     told = {name: value for name, value in trained.metrics.items() if name in _TOLD}
-    return Work(update, told, {**trained.metrics, **learnt.metrics})
+    return Work(update, told, {**trained.metrics, **learnt.metrics, **costs})
 
 
 def _tried(call: Call, plan: Plan, base: Base, node: Node, memory: Memory) -> Plan:
@@ -209,8 +228,12 @@ def _tried(call: Call, plan: Plan, base: Base, node: Node, memory: Memory) -> Pl
         one = plan.training.model_copy(
             update={"max_steps": 1, "gradient_accumulation_steps": 1, "eval_steps": None, "early_stopping_patience": None}
         )
+        if one.example_privacy:  # any noise, for nothing of it is kept: all of these rows at once
+            any_noise = one.example_privacy.model_copy(update={"noise_multiplier": 1.0})
+            one = one.model_copy(update={"example_privacy": any_noise})
         usable = (row for row in longest if is_usable(row, tokenizer, plan.data.max_length, plan.objective))
-        return fit(plan.model_copy(update={"training": one}), base, list(islice(usable, plan.training.batch_size)))
+        few = list(islice(usable, plan.training.batch_size))
+        return fit(plan.model_copy(update={"training": one}), base, few, safe=_safe(call, node))
 
     return Ladder(call, plan, node, memory, _usable(rows, base, plan)).train(attempt)[1]
 
@@ -254,15 +277,69 @@ def _probe(plan: Plan, node: Node) -> list[Row]:
     return probe_rows(node.probe, node.treating(plan)) if node.probe and plan.forgetting else []
 
 
-def _describe(folder: Path, plan: Plan, node: Node, base: Base) -> None:
+def _ledger(plan: Plan, node: Node, rows: Sequence[Row], base: Base, rounds: int) -> "ExampleLedger | None":
+    """The budget of each row, asked whether one more round fits; None where the plan promises rows nothing."""
+    if plan.training.example_privacy is None:
+        return None
+    from client.example_ledger import ExampleLedger
+
+    tokenizer = load_tokenizer(base)
+    usable = sum(is_usable(row, tokenizer, plan.data.max_length, plan.objective) for row in rows)
+    ledger = ExampleLedger(plan, node, usable, rounds)
+    ledger.check()
+    return ledger
+
+
+def _with_noise_of(ledger: "ExampleLedger | None", plan: Plan) -> Plan:
+    """The plan, as a rung of the ladder left it, with the noise that the budget was asked for."""
+    if ledger is None:
+        return plan
+    private = {"example_privacy": ledger.plan.training.example_privacy}
+    return plan.model_copy(update={"training": plan.training.model_copy(update=private)})
+
+
+def _safe(call: Call, node: Node) -> Safe | None:
+    """Seals what a round leaves here, as of this federation and this round."""
+    vault = node.sealing()
+    return Safe(vault, {"federation": call.federation, "round": call.round}) if vault else None
+
+
+def _own_folder(call: Call, node: Node) -> Path | None:
+    """Where the round's checkpoints and logs lie: closed to others before anything does."""
+    if node.folder is None:
+        return None
+    of_all = node.folder / path_part(call.federation)
+    private_folder(of_all)
+    return of_all / f"round-{call.round:04d}"
+
+
+def _leave(folder: Path | None, plan: Plan, node: Node, base: Base, safe: Safe | None) -> None:
+    """What stays of a round on this node's disk: a card of its data, its files for its own account's eyes alone, or none."""
+    if folder:
+        _describe(folder.parent, plan, node, base, safe)
+        if node.wipe and folder.exists():
+            wipe(folder)
+    if node.whole_model and node.whole_model.exists():
+        keep_private(node.whole_model)
+
+
+def _describe(folder: Path, plan: Plan, node: Node, base: Base, safe: Safe | None) -> None:
     """The data card stays at the node."""
-    treating = node.treating(plan)
-    write_beside(folder, _rows(plan, node).prepared, treating, load_tokenizer(base))
+    rows, treating, tokenizer = _rows(plan, node).prepared, node.treating(plan), load_tokenizer(base)
+    if safe is None:
+        write_beside(folder, rows, treating, tokenizer)
+        keep_private(folder)
+        return
+    with sealed_folder(folder, safe.vault, {"federation": safe.what["federation"], "kind": "data-card"}) as opened:
+        write_beside(opened.place, rows, treating, tokenizer)
 
 
 def _counts_steps(plan: Plan, call: Call) -> bool:
-    """Whether a round takes a part of the rows; where the plan counts epochs, or there is but one round, it takes all."""
-    return plan.training.max_steps is not None and call.rounds > 1
+    """Whether a round takes a part of the rows.
+
+    It takes all where the plan counts epochs, where there is but one round, and where each row is private: steps draw from all.
+    """
+    return plan.training.max_steps is not None and call.rounds > 1 and plan.training.example_privacy is None
 
 
 def _rows_of(call: Call, rows: Sequence[Row], plan: Plan, base: Base) -> list[Row]:

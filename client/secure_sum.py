@@ -4,6 +4,8 @@ The update stays here, in the node's Flower state, until the round's sums are ov
 coordinator that nobody needs to trust could learn from several sums, this file bounds: a sum less the same sum without one node
 is that node. So of one round a node helps to open sums over two lists of nodes at most, and those differ by as many nodes as it
 wants to be hidden among. That holds for both sums of a round, for every attempt at it, and for a round that is asked for again.
+Where nodes' own noise is what protects them, each keeps its own count of the sums that it has opened, and opens none beyond
+what was promised.
 """
 
 import json
@@ -14,14 +16,19 @@ from typing import Any, Self
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import RecordDict
+from numpy.typing import NDArray
 
 from client.memory import Memory
 from client.node import Node as Settings
 from protocol.adapter import Array, Factors
 from protocol.enrolment import Enrolled, read_enrolled
-from protocol.errors import ConfigurationError, MessageError, SecureSumError
+from protocol.errors import ConfigurationError, MessageError, PrivacyError, SecureSumError
+from protocol.privacy.concentrated import epsilon
+from protocol.privacy.private_sum import first_vector, own_part, second_vector
+from protocol.privacy.promise import Promise
 from protocol.records import Received, read_ranges, read_stage, stage_records
 from protocol.secure_sum.contribution import Frame, words
+from protocol.secure_sum.fixed_point import Words
 from protocol.secure_sum.node import Node
 from protocol.secure_sum.sketch import Innovation, Sketch
 from protocol.secure_sum.stages import (
@@ -42,7 +49,7 @@ from protocol.secure_sum.terms import Terms
 from protocol.signature import read_private
 from protocol.update import Update
 
-_KEYS, _UPDATE, _PAST = "secure-sum keys", "secure-sum update", "secure-sum past"
+_KEYS, _UPDATE, _PAST, _SPENT = "secure-sum keys", "secure-sum update", "secure-sum past", "privacy spent"
 _ROUNDS, _ATTEMPTS, _LISTS = 100, 1000, 2
 
 
@@ -78,7 +85,7 @@ class Party:
                 "node config", ["identity, enrolled: needed for a secure sum; name the private key and the list of public ones"]
             )
         identity, enrolled = read_private(node.identity), read_enrolled(node.enrolled)
-        past = Memory(state, federation, node.state)
+        past = Memory.of(node, state, federation)
         return cls(node.name, identity, enrolled, node.fewest_summed, Memory(state, federation, None), past)
 
 
@@ -92,20 +99,34 @@ def begin(received: Received, party: Party, train: Callable[[], Update]) -> Reco
 
     Raises:
         SecureSumError: The terms would not hide this node, are those of an attempt that it has seen, or do not fit its update.
+        PrivacyError: The round would cost more than was promised.
     """
     call, asked = received.call, received.call.secure_sum
     if asked is None:
         raise SecureSumError("secure sum: the call asks for none")
+    if asked.call != call.alike():
+        raise SecureSumError(
+            "secure sum: this node is asked for something else than the others are said to be; nothing is trained"
+        )
     past = _Past.read(party.past)
     past.begin(call.round, asked, party)
     _forget(party)
     update = train()
     modules = {module: pair.shape for module, pair in update.adapter.factors.items()}
     dense = {name: tensor.shape for name, tensor in update.adapter.dense.items()}
-    frame = Frame(asked, modules, dense, received.adapter, call.trains)
-    own = frame.innovation(update.adapter, received.trained(), update.rows)
-    weight, terms = frame.weight(update.manifest.num_examples), frame.terms(call.federation, call.round)
-    first = words(terms[FIRST], frame.sketch().first(own, weight))
+    frame = Frame(asked, modules, dense, received.adapter, call.trains, call.privacy)
+    terms = frame.terms(call.federation, call.round)
+    if promise := call.privacy:
+        _check_spent(party.past, promise, terms)
+        part, weight = own_part(frame, promise, update.adapter, received.trained(), update.rows), 1.0
+        own, vector = part.innovation, first_vector(frame.sketch(), promise, part)
+    else:
+        own, weight = (
+            frame.innovation(update.adapter, received.trained(), update.rows),
+            frame.weight(update.manifest.num_examples),
+        )
+        vector = frame.sketch().first(own, weight)
+    first = _words(terms[FIRST], vector)
     sums = _Sums(asked.run, tuple(Node(party.name, each, party.identity, party.enrolled) for each in terms))
     adverts = Adverts(adverts=tuple(ToldAdvert.of(node.advertise()) for node in sums.nodes))
     party.secrets.keep(_UPDATE, {"first": first, "weight": np.array(weight), "width": np.array(asked.width)} | _arrays(own))
@@ -159,14 +180,48 @@ def _share(question: Share, sums: "_Sums") -> RecordDict:
 def _mask(records: RecordDict, question: Mask, node: Node, party: Party) -> RecordDict:
     kept = party.secrets.read(_UPDATE)
     if question.phase == FIRST:
-        values = kept["first"]
+        values, told = kept["first"], b""
     else:
         modules = _innovation(kept)
         shapes = {module: terms[0][1].shape for module, terms in modules.items()}
         sketch = Sketch(shapes, {}, frozenset(), int(kept["width"]), b"")
-        vector = sketch.second(Innovation(modules), read_ranges(records), float(kept["weight"]))
-        values = words(node.terms, vector)
-    return stage_records(None, vector=node.mask(question.shares, values.copy()))
+        own, ranges, promise = Innovation(modules), read_ranges(records), _promise(node.terms)
+        vector = second_vector(sketch, promise, own, ranges) if promise else sketch.second(own, ranges, float(kept["weight"]))
+        values, told = _words(node.terms, vector), Sketch.digest(ranges)
+    return stage_records(None, vector=node.mask(question.shares, values.copy(), told))
+
+
+def _words(terms: Terms, vector: NDArray[np.float64]) -> Words:
+    """A vector in fixed point, with this node's noise where it was promised: before it is kept, masked or sent."""
+    found = words(terms, vector)
+    if promise := _promise(terms):
+        promise.add_noise(terms, found)
+    return found
+
+
+def _check_spent(past: Memory, promise: Promise, terms: tuple[Terms, ...]) -> None:
+    """Holds a coordinator to its promise where nodes make it true: every sum that is opened is another release.
+
+    Raises:
+        PrivacyError: The sums of this round, with those that were opened before, cost more than all rounds together were to.
+    """
+    if promise.noise != "nodes":
+        return
+    total = _spent(past) + sum(promise.cost(each.phase) for each in terms)
+    found = epsilon(total, promise.delta)
+    if found > promise.epsilon * (1 + 1e-9):
+        raise PrivacyError(
+            f"privacy: this round would bring what this node has spent in this federation to an epsilon of {found:.4g}, and "
+            f"{promise.epsilon:g} was promised for all rounds together; nothing is sent"
+        )
+
+
+def _spent(past: Memory) -> float:
+    return float(past.read(_SPENT).get("rho", np.zeros(())))
+
+
+def _promise(terms: Terms) -> Promise | None:
+    return Promise.model_validate_json(terms.promise) if terms.promise else None
 
 
 def _confirm(question: Confirm, sums: "_Sums", party: Party) -> RecordDict:
@@ -185,6 +240,8 @@ def _open(question: Open, sums: "_Sums", party: Party) -> RecordDict:
     past = _Past.read(party.past)
     past.opened(node.terms.round, node.survivors)
     past.keep(party.past)  # before anything leaves
+    if promise := _promise(node.terms):
+        party.past.keep(_SPENT, {"rho": np.array(_spent(party.past) + promise.cost(node.terms.phase))})
     return stage_records(Opened(seeds=dict(opening.seeds), keys=dict(opening.keys)))
 
 

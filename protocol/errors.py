@@ -7,13 +7,18 @@
     │   ├── ModelError             a base model that is missing or cannot do what was asked
     │   ├── HardwareError          a plan that does not fit this machine
     │   ├── DivergenceError        a training whose loss left all bounds, twice
-    │   ├── PrivacyError           a promise of privacy that cannot be kept, or a budget that is spent
+    │   ├── PrivacyError           a promise of privacy that cannot be kept
+    │   │   └── BudgetSpentError   one more release would be more than the privacy budget allows
+    │   ├── VaultError             a sealed file, or a key of one, that does not open
+    │   ├── PolicyError            what an institution's policy does not allow
     │   └── BundleError            files that are not a valid bundle
     │       └── SignatureError     a key or a signature that does not hold
     ├── AdapterError               bytes, tensors or files that are not a valid adapter
     │   └── BaseMismatchError      a valid adapter, but of another base model
     ├── MessageError               a Flower message that does not follow the protocol
-    │   └── StartMissingError      a message that counts on an adapter which this node no longer holds
+    │   ├── StartMissingError      a message that counts on an adapter which this node no longer holds
+    │   └── StaleMessageError      a signed message that was sent before, or is older than one that was accepted
+    ├── AuditError                 an audit log whose chain of lines is broken
     ├── EndpointError              an endpoint that gave no usable answer
     ├── SecureSumError             a secure sum that cannot go on, and reveals nothing
     └── FederationError            a round or a federation that cannot go on
@@ -23,7 +28,8 @@ Every class has a ``code``: the only thing about an error that may leave a node.
 """
 
 from collections.abc import Sequence
-from typing import ClassVar
+
+from protocol.policy_rules import code
 
 
 def shown(text: str, longest: int = 500) -> str:
@@ -34,7 +40,7 @@ def shown(text: str, longest: int = 500) -> str:
 class FedgeError(Exception):
     """Anything this project raises on purpose; ``code`` is what may cross the network."""
 
-    code: ClassVar[str] = "internal"
+    code: str = "internal"
 
 
 class UserError(FedgeError):
@@ -90,6 +96,34 @@ class PrivacyError(UserError):
     code = "privacy"
 
 
+class BudgetSpentError(PrivacyError):
+    """The next release is more than the privacy budget allows; a run ends with what it has."""
+
+    code = "privacy"
+
+
+class PolicyError(UserError):
+    """What an institution's policy does not allow.
+
+    Args:
+        rules: Names of the rules that refuse it, which are all that leaves (``protocol.policy_rules``).
+        problems: One line each: the rule, what was asked, what is allowed.
+    """
+
+    code = "policy"
+
+    def __init__(self, rules: Sequence[str], problems: Sequence[str]) -> None:
+        self.rules = tuple(rules)
+        self.code = code(self.rules)
+        super().__init__("the policy refuses it\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+class VaultError(UserError):
+    """A sealed file, or the key of one, that does not open: wrong, changed, cut off or taken for something else."""
+
+    code = "vault"
+
+
 class BundleError(UserError):
     """Files that are not a valid bundle, or not the one that was signed."""
 
@@ -127,6 +161,18 @@ class StartMissingError(MessageError):
     """The adapter that a message's arrays are a difference to is not held here; whole, it can be read."""
 
     code = "start-missing"
+
+
+class AuditError(FedgeError):
+    """An audit log that was changed since it was written; names the line, never what stands in it."""
+
+    code = "audit"
+
+
+class StaleMessageError(MessageError):
+    """A signed message that is not newer than all that were accepted from the same coordinator."""
+
+    code = "stale"
 
 
 class EndpointError(FedgeError):

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from itertools import chain
+from math import ceil
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,11 +20,13 @@ from pydantic import (
     model_validator,
 )
 
+from protocol.at_rest_settings import AtRestSettings
 from protocol.codec import WireFormat
 from protocol.plan import COMPRESSED, LOW_RANK, REFERRING, Objective, Plan, alike
-from protocol.privacy_settings import NOT_SUMMED, SecureSumSettings
+from protocol.privacy_settings import NOT_SUMMED, PrivacySettings, SecureSumSettings
 from protocol.secure_sum.terms import FEWEST_NODES
 from protocol.strict import Name, Strict, changed
+from protocol.trust_settings import TrustSettings
 
 RuleName = Literal[
     "product-delta",
@@ -146,6 +149,9 @@ class Federation(Strict):
     rounds: RoundSettings = RoundSettings()
     aggregation: AggregationSettings = AggregationSettings()
     secure_sum: SecureSumSettings = SecureSumSettings()
+    privacy: PrivacySettings = PrivacySettings()
+    trust: TrustSettings = TrustSettings()
+    at_rest: AtRestSettings = AtRestSettings()
     stages: tuple[Stage, ...] = Field((), description="plans one after the other, in place of plan and rounds.count")
     adapters: dict[AdapterName, Plan] = Field(
         {}, description="several adapters, each over the nodes that name it; in place of plan"
@@ -166,6 +172,7 @@ class Federation(Strict):
             self._plans_that_fit_the_rule(),
             self._references_that_nodes_share(),
             self._sums_that_hide_someone(),
+            self._noise_that_keeps_a_promise(),
         )
         if problems := list(chain.from_iterable(conflicts)):
             raise ValueError("\n".join(problems))
@@ -333,12 +340,96 @@ class Federation(Strict):
         if settings.neighbours % 2:
             yield f"secure_sum.neighbours: found {settings.neighbours}, expected an even number, half of them on either side"
         for where, plan in self._plans():
-            if settings.examples is None and plan.training.max_steps is None:
+            if settings.examples is None and plan.training.max_steps is None and not self.privacy.enabled:
                 yield (
                     f"secure_sum.examples: missing, and {where} counts epochs, so that only a node knows its rows; say how "
                     "many weigh as much as an update may"
                 )
                 break
+
+    def _noise_that_keeps_a_promise(self) -> Iterator[str]:
+        settings = self.privacy
+        if not settings.enabled:
+            if said := changed(settings, *type(settings).model_fields):
+                yield f"privacy.{said[0]}: privacy.enabled is false, so nobody looks at it; set that, or leave this out"
+            return
+        problems = [*self._privacy_of_sums(), *self._privacy_of_cohorts(), *self._privacy_of_starts()]
+        if settings.epsilon is None:
+            problems.append("privacy.epsilon: missing; say what all rounds together may cost")
+        yield from problems or self._privacy_within_the_budget()
+
+    def _privacy_of_sums(self) -> Iterator[str]:
+        settings, secure, rule = self.privacy, self.secure_sum, self.aggregation.rule
+        if why := NOT_SUMMED.get(rule):
+            yield f"privacy: {rule} {why.split('; in a secure sum')[0]}, and noise hides in a sum alone; take product-delta"
+        if settings.noise == "nodes" and not secure.enabled:
+            yield (
+                "privacy.noise: found nodes without secure_sum.enabled; one node's share of the noise hides no update that the "
+                "coordinator sees; set that, or take noise: coordinator"
+            )
+        if settings.colluders and settings.noise != "nodes":
+            yield "privacy.colluders: found beside the coordinator's noise, which no node knows; leave it out"
+        stay = max(FEWEST_NODES, ceil(secure.share * self.rounds.minimum_nodes - 1e-9))
+        if settings.noise == "nodes" and settings.colluders >= stay:
+            yield (
+                f"privacy.colluders: found {settings.colluders}, and of {self.rounds.minimum_nodes} nodes {stay} make a sum; "
+                "the others' noise is all there is; name fewer"
+            )
+        for key, instead in (("limit", "clipping_norm"), ("width", "width")):
+            if secure.enabled and changed(secure, key):
+                yield f"secure_sum.{key}: found beside privacy, where privacy.{instead} says it; leave it out"
+        if secure.enabled and secure.examples:
+            yield "secure_sum.examples: found beside privacy, where all nodes weigh one; leave it out"
+        if settings.width and NOT_SUMMED.get(rule) is None and rule != "product-delta":
+            yield f"privacy.width: {rule} adds tensors up, which have no other width than theirs; leave it out"
+        for key in ("quantile_rate", "bit_noise"):
+            if settings.quantile is None and changed(settings, key):
+                yield f"privacy.{key}: found without privacy.quantile, so that the norm stays; name that, or leave it out"
+
+    def _privacy_of_cohorts(self) -> Iterator[str]:
+        settings, rounds = self.privacy, self.rounds
+        if self.adapters:
+            yield "adapters: several beside privacy, and a node that changes over spends twice; run one federation for each"
+        if rounds.cluster:
+            yield "rounds.cluster compares single updates, which no noise hides; leave one of the two out"
+        if rounds.over_selection:
+            yield "rounds.over_selection: who is late is left out, which may depend on its data; with privacy leave it out"
+        if self.stop.metric:
+            yield "stop.metric: what nodes measure has no noise, and when a run ends would tell of it; leave one of the two out"
+        if settings.nodes and settings.nodes < max(rounds.cohort or 0, rounds.minimum_nodes):
+            yield (
+                f"privacy.nodes: found {settings.nodes}, fewer than rounds.cohort or rounds.minimum_nodes; name how many "
+                "institutions there are to choose from"
+            )
+        if settings.sampling == "all":
+            return
+        if rounds.cohort is None or settings.nodes is None:
+            yield f"privacy.sampling: {settings.sampling} needs rounds.cohort and privacy.nodes: who is drawn, and of how many"
+        if self.secure_sum.enabled:
+            yield (
+                f"privacy.sampling: {settings.sampling} beside secure_sum, whose nodes are told who else is in it; a cohort "
+                "that is known protects nobody; take all"
+            )
+
+    def _privacy_of_starts(self) -> Iterator[str]:
+        for where, plan in self._plans():
+            if plan.task_type == "SEQ_CLS" and not plan.head.local and self.start is None:
+                yield (
+                    f"{where}.objective: {plan.objective} trains a head whose start nodes draw, and a change that is clipped "
+                    "is counted from a start that the coordinator knows; name an adapter with a head as start beside "
+                    "product-delta, or set head.local"
+                )
+            if plan.method not in (*LOW_RANK, *COMPRESSED) and self.start is None:
+                yield (
+                    f"{where}.method: {plan.method} trains tensors whose start nodes draw, and a change that is clipped is "
+                    "counted from a start that the coordinator knows; name an adapter with them as start beside "
+                    "product-delta, or take method lora"
+                )
+
+    def _privacy_within_the_budget(self) -> Iterator[str]:
+        from protocol.privacy.planned import PlannedRounds  # heavy, and of an extra that nodes do without
+
+        yield from PlannedRounds.of(self).problems()
 
     def schedules(self) -> dict[str, tuple[Plan, ...]]:
         """The plan of each round, first to last, by adapter; the only adapter of a federation without names is ``""``."""
@@ -376,7 +467,7 @@ def without_plan(federation: Federation) -> list[str]:
 
 def _decisive(federation: Federation) -> dict[str, Any]:
     kept_out: dict[str, Any] = {"output": True, "stop": True, "rounds": _PATIENCE}
-    kept_out["secure_sum"] = {"timeout_seconds", "enrolled"}
+    kept_out |= {"secure_sum": {"timeout_seconds"}, "privacy": {"ledger", "evaluate"}, "trust": True, "at_rest": True}
     return federation.model_dump(mode="json", exclude=kept_out)
 
 

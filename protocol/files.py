@@ -32,18 +32,20 @@ from protocol.plan import QUANTISED, Plan
 
 MANIFEST = "manifest.json"
 
+_OWNERS_FOLDER, _OWNERS_FILE = 0o700, 0o600
 _ABANDONED_SECONDS = 24 * 3600
 _NAME = re.compile("[!-~]{1,300}")  # no longer than any base's, and none that steers a terminal
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 
 
 @contextmanager
-def whole_folder(target: Path, *, replaces: bool = True) -> Iterator[Path]:
+def whole_folder(target: Path, *, replaces: bool = True, private: bool = False) -> Iterator[Path]:
     """A temporary folder that becomes ``target`` when the block ends well, and vanishes when it does not.
 
     Args:
         target: Where to.
         replaces: Whether it takes the place of a folder that is there. Else nothing may be, not even when the block ends.
+        private: Whether it is for its owner's eyes alone.
 
     Raises:
         FileExistsError: There is something that is not to be replaced.
@@ -52,13 +54,32 @@ def whole_folder(target: Path, *, replaces: bool = True) -> Iterator[Path]:
     draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         yield draft
-        draft.chmod(0o755)
+        if private:
+            keep_private(draft)
+        else:
+            draft.chmod(0o755)
         if replaces:
             _swap(draft, target)
         else:
             _place(draft, target)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def private_folder(path: Path) -> None:
+    """Makes a folder that only its owner may look into; one that is there is closed to others, those above it are not."""
+    if not path.parent.exists():
+        private_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    path.chmod(_OWNERS_FOLDER)
+
+
+def keep_private(folder: Path) -> None:
+    """Closes a folder and all in it to others than its owner; links are left alone."""
+    for path in (folder, *folder.rglob("*")):
+        if not path.is_symlink():
+            with suppress(FileNotFoundError):  # a draft of another that has its name now
+                path.chmod(_OWNERS_FOLDER if path.is_dir() else _OWNERS_FILE)
 
 
 def sweep(target: Path) -> None:

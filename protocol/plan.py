@@ -6,7 +6,7 @@ names are Hugging Face's; adapter names are PEFT's.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -33,7 +33,7 @@ from protocol.objective_settings import (
     KtoSettings,
     RlSettings,
 )
-from protocol.strict import Name, Strict
+from protocol.strict import Name, Strict, changed
 from protocol.strict import Precision as Precision
 from protocol.training_settings import TrainingSettings
 
@@ -79,6 +79,29 @@ TASK_TYPES: Mapping[Objective, Literal["CAUSAL_LM", "SEQ_CLS"]] = {
 PACKED: tuple[Objective, ...] = ("sft", "distillation")
 # They stay near the model that was there before them.
 REFERRING: tuple[Objective, ...] = ("dpo", "kto", "rl")
+
+
+# A row's loss is its own: DP-SGD can shorten its gradient.
+PRIVATE_OBJECTIVES: tuple[Objective, ...] = ("sft", "classification", "regression")
+_WHY_NOT_PRIVATE: Mapping[Objective, str] = {
+    "pretraining": "a block holds parts of several texts, and one text lies in several blocks",
+    "distillation": "what a teacher says of a row is another loss, which nobody has made private yet",
+    "dpo": "what a reference says of a pair is another loss, which nobody has made private yet",
+    "kto": "each row is read with the answer of another",
+    "reward": "pairs have another loss, which nobody has made private yet",
+    "rl": "answers are held against the others of their group",
+}
+_UNCLIPPED: Mapping[Method, str] = {
+    "full": "trains whole weights, which the noise on so many values drowns",
+    "freezing": "trains whole weights, which the noise on so many values drowns",
+    "adalora": "adds to the loss what is of no row",
+    "experts": "chooses among experts, and how is balanced over the rows of a batch",
+    "xlora": "mixes adapters that were trained without this promise",
+}
+
+
+def _or(names: Iterable[str]) -> str:
+    return " or ".join(names)
 
 
 def alike(method: Method) -> tuple[Method, ...]:
@@ -154,6 +177,7 @@ class Plan(Strict):
         yield from self._against_adalora()
         yield from self._beside()
         yield from self._mixtures()
+        yield from self._private_rows()
 
     def _precisions(self) -> Iterator[str]:
         quantised = self.precision in QUANTISED
@@ -212,6 +236,21 @@ class Plan(Strict):
                 f"training.batch_size times gradient_accumulation_steps is {answers}, which rl.num_generations "
                 f"{self.rl.num_generations} does not divide; a step takes whole groups of answers"
             )
+
+    def _private_rows(self) -> Iterator[str]:
+        """What DP-SGD does not hold for, and what would let one row train as several."""
+        if self.training.example_privacy is None:
+            return
+        here = "training.example_privacy"
+        if self.objective not in PRIVATE_OBJECTIVES:
+            yield f"{here} is for objective {_or(PRIVATE_OBJECTIVES)}: {_WHY_NOT_PRIVATE[self.objective]}"
+        if self.method in _UNCLIPPED:
+            yield f"{here}: method {self.method} {_UNCLIPPED[self.method]}; choose another"
+        repeated = {"data.tasks": self.data.tasks, "data.replay": self.data.replay}
+        for name in (name for name, value in repeated.items() if value):
+            yield f"{here}: {name} draws rows several times, and each is promised to count once; leave it out"
+        if changed(self.data, "augmentation"):
+            yield f"{here}: data.augmentation makes several rows out of one, and each is promised to count once; leave it out"
 
     def _unread(self) -> Iterator[str]:
         for name, (kind, users) in USED_BY.items():

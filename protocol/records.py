@@ -6,6 +6,8 @@ one ConfigRecord under ``fedge``. A second ArrayRecord holds the adapter that a 
 not have it. What comes in is untrusted: whatever is wrong with it becomes a MessageError.
 """
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +23,7 @@ from protocol.codec import LONGEST_TEXT, MOST_ENTRIES, WireFormat, is_too_much, 
 from protocol.errors import AdapterError, MessageError, StartMissingError
 from protocol.manifest import MOST_EXAMPLES, Manifest
 from protocol.plan import Method, Plan, Precision
+from protocol.privacy.promise import Promise
 from protocol.product_space import trained_part
 from protocol.secure_sum.fixed_point import Words
 from protocol.secure_sum.stages import Asked
@@ -30,6 +33,8 @@ PROTOCOL_VERSION = 1
 ARRAYS, CONFIG, METRICS, REFERENCE = "adapter", "fedge", "metrics", "reference"
 # Beside them, in a round whose updates are only added up: a masked vector, and the basis that the first sum gave.
 VECTOR, RANGES = "vector", "ranges"
+# Beside any of them, in a federation whose messages are signed (protocol.signed_messages).
+SIGNATURE = "signature"
 Trains = Literal["both", "A", "B"]
 # A round has few, and they are kept and shown with their names. What is averaged over nodes must not overflow.
 _MOST_METRICS, _LONGEST_METRIC, _LARGEST_METRIC = 100, 80, 1e30
@@ -73,6 +78,9 @@ class Call(_Wire):
         wire: How the update is to travel.
         wire_down: How the coordinator's adapters travel; where they are coded, a node keeps what it receives.
         secure_sum: The update is to go into a secure sum and not to be sent: under which terms.
+        privacy: What is promised of differential privacy, and what the update is clipped to for it.
+        summed: All updates of this federation go into secure sums: what a node is told before it joins.
+        minimum_nodes: Updates without which the federation merges nothing, as its coordinator promises.
     """
 
     protocol_version: int = PROTOCOL_VERSION
@@ -94,6 +102,14 @@ class Call(_Wire):
     wire: WireFormat = "fp32"
     wire_down: WireFormat = "fp32"
     secure_sum: Asked | None = None
+    privacy: Promise | None = None
+    summed: bool = False
+    minimum_nodes: int = Field(1, ge=1)
+
+    def alike(self) -> str:
+        """Digest, in hexadecimal, of what every node of a round is told alike, whatever its rank and what it holds already."""
+        told = self.model_dump(mode="json", exclude={"r", "delta_of", "wire_down", "secure_sum"})
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 class Offer(_Wire):
@@ -299,6 +315,69 @@ def read_ranges(records: RecordDict) -> dict[str, Array]:
     if wrong := [name for name, array in found.items() if array.dtype != np.float32 or array.ndim != 2]:
         raise MessageError(f"basis of {wrong[0][:80]}: found {found[wrong[0]].dtype}, expected a matrix of float32")
     return found
+
+
+def digest_of(records: Mapping[str, Any]) -> bytes:
+    """SHA-256 over all that records say, in one pass over the arrays' bytes as they travel.
+
+    Whatever stands in front of bytes says how many they are, so that no two messages are one string of bytes. Order is that of
+    names, for none that a message has by itself outlives every transport.
+
+    Raises:
+        MessageError: Something in them is no record of Flower's.
+    """
+    found = hashlib.sha256()
+
+    def take(*told: Any) -> None:
+        text = json.dumps(told).encode()
+        found.update(len(text).to_bytes(8, "big") + text)
+
+    try:
+        for key in sorted(records):
+            record = records[key]
+            take(type(record).__name__, key, len(record))
+            for name in sorted(record):
+                value = record[name]
+                if isinstance(value, FlowerArray):
+                    take(name, value.dtype, list(value.shape), value.stype, len(value.data))
+                    found.update(value.data)
+                else:
+                    take(name, _in_json(value))
+    except Exception as error:  # noqa: BLE001 - bytes from outside: records may hold anything
+        raise MessageError(f"signature: what is signed holds what is no record ({type(error).__name__})") from None
+    return found.digest()
+
+
+def _in_json(value: Any) -> Any:
+    """A value of a ConfigRecord or MetricRecord; bytes as what no other value is."""
+    if isinstance(value, bytes):
+        return {"bytes": value.hex()}
+    return [_in_json(each) for each in value] if isinstance(value, list) else value
+
+
+def with_signature(records: RecordDict, signature: bytes, issue: str = "") -> RecordDict:
+    """Records with a signature beside them; the very same records, for several nodes are sent one object."""
+    return RecordDict({**records, SIGNATURE: ConfigRecord({"issue": issue, "signature": signature})})
+
+
+def take_signature(records: RecordDict) -> tuple[RecordDict, bytes, str]:
+    """Records without their signature, the signature, and what stands beside it.
+
+    Raises:
+        MessageError: There is none.
+    """
+    said = records.get(SIGNATURE)
+    signature, issue = (said.get("signature"), said.get("issue")) if isinstance(said, ConfigRecord) else (None, None)
+    if not isinstance(signature, bytes) or not isinstance(issue, str):
+        raise MessageError(
+            "signature: found none; everybody here is enrolled and signs, so whoever sent this is not, or is not set up"
+        )
+    return without_signature(records), signature, issue
+
+
+def without_signature(records: RecordDict) -> RecordDict:
+    """Records alone; who checks nobody's signature reads past it."""
+    return RecordDict({key: record for key, record in records.items() if key != SIGNATURE})
 
 
 def payload_bytes(records: RecordDict) -> int:

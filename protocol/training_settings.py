@@ -1,13 +1,25 @@
 """The section of a plan that says how a stretch of training goes: rates, steps, batches. Names are Hugging Face's."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from protocol.strict import Strict
+from protocol.example_privacy_settings import ExamplePrivacySettings
+from protocol.strict import Strict, changed
 
+_NOT_PRIVATE: Mapping[str, str] = {
+    "packing": "puts several rows into one block, whose gradients cannot be told apart",
+    "train_sampling_strategy": "orders rows; each step draws every row by chance, as the accountant counts",
+    "neftune_noise_alpha": "scales its noise by the longest row beside a row",
+    "proximal_mu": "adds to each row's loss what is of no row",
+    "eval_steps": "chooses by rows that nobody counts",
+    "save_steps": "keeps what no ledger has counted yet",
+    "max_grad_norm": "is read by nobody there; clipping_norm stands in its place",
+    "fsdp": "divides gradients over processes",
+    "deepspeed": "divides gradients over processes",
+}
 # They keep Adam's moments where the GPU may push them out to the host's memory, which takes a GPU.
 PAGED = ("paged_adamw_32bit", "paged_adamw_8bit")
 
@@ -51,6 +63,10 @@ class TrainingSettings(Strict):
     adam_epsilon: PositiveFloat = 1e-8
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: PositiveFloat = 1.0
+    example_privacy: ExamplePrivacySettings | None = Field(
+        None,
+        description="each row's own privacy (DP-SGD): no row tells more of itself than epsilon; without it, no such promise",
+    )
     gradient_checkpointing: bool = False
     mixed_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     neftune_noise_alpha: PositiveFloat | None = Field(
@@ -99,3 +115,13 @@ class TrainingSettings(Strict):
             yield "fsdp and deepspeed both divide the weights; leave one of the two out"
         if self.fsdp_config and not self.fsdp:
             yield "fsdp_config is for fsdp: true"
+        if self.example_privacy:
+            yield from self._against_privacy()
+
+    def _against_privacy(self) -> Iterator[str]:
+        """What would let a row tell more than its epsilon, or do what nobody hears."""
+        for name, why in _NOT_PRIVATE.items():
+            if changed(self, name):
+                yield f"example_privacy: {name} {why}; leave one of the two out"
+        if self.mixed_precision == "fp16":
+            yield "example_privacy: mixed_precision fp16 scales gradients up before they could be shortened; take bf16, or fp32"

@@ -10,7 +10,7 @@ from flwr.serverapp import Grid, ServerApp
 from protocol.configuration import load
 from protocol.errors import ConfigurationError
 from protocol.federation import Federation, without_plan
-from server.ledger import RoundRecord, place_of
+from server.ledger import RoundRecord, newest_place
 from server.rounds import run
 
 log = logging.getLogger("flwr")
@@ -29,7 +29,7 @@ def main(grid: Grid, context: Context) -> None:
         log.warning("%s took no part: %s", node, reason)
     log.info("ended: %s", outcome.ended)
     for name, kept in outcome.kept.items():
-        log.info("global adapter of rank %d in %s", kept.manifest.r, place_of(federation.output.resolve(), name))
+        log.info("global adapter of rank %d in %s", kept.manifest.r, newest_place(federation, name).resolve())
 
 
 def _tell(record: RoundRecord) -> None:

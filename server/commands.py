@@ -90,11 +90,30 @@ def export(
     figures: Annotated[
         bool, typer.Option("--figures", help="round.json too: every institution's name, row count, losses and norms.")
     ] = False,
+    vault: Annotated[
+        Path | None, typer.Option(help="Key file of rounds that are sealed; else the one that the federation names.")
+    ] = None,
+    passphrase_env: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Environment variable with the key file's passphrase.")
+    ] = None,
 ) -> None:
-    """Copies one round's adapter to a folder of its own, after its checksums were held against it."""
-    from server.ledger import export as copy
+    """Copies one round's adapter to a folder of its own, after its checksums were held against it; the audit log tells it."""
+    import shutil
 
-    found = copy(folder, target, adapter, number, figures=figures)
+    from protocol.files import read_adapter
+    from protocol.vault import Vault
+    from server.audited import exported
+    from server.ledger import export as copy
+    from server.ledger import published, vault_of
+
+    federation = published(folder)
+    own = vault_of(federation) if federation and not vault else None
+    found = copy(folder, target, adapter, number, figures=figures, vault=Vault.at(vault, passphrase_env) if vault else own)
+    try:
+        exported(folder, found, adapter, read_adapter(target)[0].digest())
+    except BaseException:
+        shutil.rmtree(target)
+        raise
     typer.echo(f"round {found}: {target}")
 
 
@@ -167,6 +186,7 @@ def _rounds_tables(story: "Story") -> "list[Table]":
         },
         "cut off": [_number(event.merge.get("discarded_energy"), ".1e") for event in events],
         "rank": [_number(event.merge.get("effective_rank"), ".1f") for event in events],
+        "epsilon": [_number(event.privacy.get("epsilon")) for event in events],
         "MB": [f"{(event.bytes_sent + event.bytes_received) / 1e6:.1f}" for event in events],
         "s": [f"{event.seconds:.1f}" for event in events],
     }

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from protocol.errors import DataError, FederationError, shown
+from protocol.files import private_folder
 
 FILE, TENSORBOARD = "events.jsonl", "tensorboard"
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -55,6 +56,7 @@ class Event(BaseModel):
     evaluation: Mapping[str, Mapping[str, float]] = {}
     evaluation_refused: Mapping[str, str] = {}
     merge: Mapping[str, Any] = {}
+    privacy: Mapping[str, float] = {}
     bytes_sent: _Count = 0
     bytes_received: _Count = 0
     seconds: float = 0.0
@@ -101,6 +103,7 @@ class EventLog:
             if self._writer is None:
                 from tensorboardX import SummaryWriter
 
+                private_folder(self._folder / TENSORBOARD)
                 # Its thread dies of a full disk, and a queue with an end would then be waited for without one.
                 self._writer = SummaryWriter(str(self._folder / TENSORBOARD), max_queue=0)
             for name, value in values.items():
@@ -116,8 +119,11 @@ class EventLog:
     def _flush(self) -> None:
         lines, self._waiting = self._waiting, []
         if lines:
-            with self._disk(), (self._folder / FILE).open("a", encoding="utf-8") as file:
-                file.writelines(f"{line}\n" for line in lines)
+            path = self._folder / FILE
+            with self._disk():
+                path.touch(mode=0o600)
+                with path.open("a", encoding="utf-8") as file:
+                    file.writelines(f"{line}\n" for line in lines)
 
     @contextmanager
     def _disk(self) -> Iterator[None]:

@@ -17,6 +17,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from protocol.errors import MessageError, shown
+from protocol.policy_rules import refused
 from server.inflation import bounded
 
 T = TypeVar("T")
@@ -133,7 +134,7 @@ class Exchange(Generic[T]):
             reason = reply.error.reason or str(reply.error.code)
             once_more = None if node in self._retried else self._again(node, reason)
             if once_more is None:
-                found.silent[node] = shown(f"the node answered with an error: {reason}", 200)
+                found.silent[node] = refused(reason) or shown(f"the node answered with an error: {reason}", 200)
             else:
                 self._retried.add(node)
                 self._push({node: once_more}, question.seconds, question.deadline)

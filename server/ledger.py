@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import chain
@@ -26,12 +26,15 @@ from safetensors.numpy import load, save
 from protocol.adapter import Adapter, Array, Factors
 from protocol.codec import encode
 from protocol.durable import to_disk
-from protocol.errors import AdapterError, FederationError, FedgeError, shown
+from protocol.errors import AdapterError, FederationError, FedgeError, VaultError, shown
 from protocol.federation import Federation
-from protocol.files import MANIFEST, read_adapter, save_adapter, whole_folder, write_whole
+from protocol.files import MANIFEST, private_folder, read_adapter, save_adapter, whole_folder, write_whole
 from protocol.formats import CONFIG, WEIGHTS
 from protocol.manifest import Manifest
 from protocol.plan import Plan
+from protocol.release import SIGNATURE
+from protocol.sealed_folder import folder_in_memory
+from protocol.vault import SUFFIX, Vault
 from server.events import FILE as EVENTS
 from server.events import TENSORBOARD, finite
 
@@ -39,7 +42,8 @@ log = logging.getLogger("flwr")
 T = TypeVar("T")
 ROUND, STATE, ARRAYS, CHECKSUMS = "round.json", "state.json", "state.safetensors", "checksums.json"
 DESCRIPTION, ENDED, ROUNDS, DAMAGED = "federation.json", "ended.json", "rounds", "damaged"
-RESUME, ADAPTER, ADAPTERS = "resume.yaml", "adapter", "adapters"
+RESUME, ADAPTER, ADAPTERS, ISSUED = "resume.yaml", "adapter", "adapters", "issued"
+_SEALED_ROUND, _OWNER_ONLY = "round", 0o600
 # An adapter's name (``protocol.federation.AdapterName``), and which part of it after splits.
 _PLACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}(/part-[12])*")
 
@@ -61,6 +65,7 @@ class RoundRecord:
         evaluation_refused: Reason by node name, of those that could not measure.
         norms: Size of each accepted update's change, in product space.
         merge: What the aggregation reported.
+        privacy: Of a release with noise: epsilon of all so far, delta, the budget, the noise multiplier, the clipping norm.
         bytes_sent, bytes_received: Of adapters, as packed on the wire; what was refused unread is no adapter.
         seconds: From the first message to the merged adapter.
     """
@@ -77,6 +82,7 @@ class RoundRecord:
     evaluation_refused: Mapping[str, str] = field(default_factory=dict)
     norms: Mapping[str, float] = field(default_factory=dict)
     merge: Mapping[str, Any] = field(default_factory=dict)
+    privacy: Mapping[str, float] = field(default_factory=dict)
     bytes_sent: int = 0
     bytes_received: int = 0
     seconds: float = 0.0
@@ -102,6 +108,14 @@ class Kept:
     adapter: Adapter
     manifest: Manifest
     plan: Plan
+
+
+# Called with a folder in which an adapter was written, its name and what it is.
+Sign = Callable[[Path, str, Kept], None]
+
+
+def unsigned(folder: Path, name: str, kept: Kept) -> None:
+    """Signs nothing."""
 
 
 @dataclass(frozen=True)
@@ -171,11 +185,15 @@ class Ledger:
     Args:
         folder: Created when the first round is kept.
         identity: What makes this federation the same as one that began here earlier; rounds of another are moved aside.
+        sign: Signs adapters as they are kept.
+        vault: Seals each round into one file of its folder, ``round.sealed``; there is then no copy in ``adapter/``.
     """
 
-    def __init__(self, folder: Path, *, identity: str) -> None:
+    def __init__(self, folder: Path, *, identity: str, sign: Sign = unsigned, vault: Vault | None = None) -> None:
         self.folder = folder
         self._identity = identity
+        self._sign = sign
+        self._vault = vault
         self._last = 0
 
     def check(self) -> None:
@@ -204,8 +222,12 @@ class Ledger:
         with self._disk(f"round {number}"):
             if number == 1:
                 self._move_aside()
-            with whole_folder(target) as draft:
-                self._write(draft, checkpoint)
+            if not self.folder.exists():
+                private_folder(self.folder)
+            private_folder(target.parent)
+            with whole_folder(target, private=True) as draft:
+                with _written(draft, self._vault, number) as inside:
+                    self._write(inside, checkpoint)
                 _seal(draft)
         self._last = number
         with self._disk(f"the copy of round {number}"):
@@ -215,22 +237,30 @@ class Ledger:
     def describe(self, facts: Mapping[str, Any]) -> None:
         """Writes ``federation.json``: what was published and what each node offered."""
         with self._disk(DESCRIPTION):
-            write_whole(self.folder / DESCRIPTION, json.dumps({"identity": self._identity, **facts}, indent=2, default=str))
+            told = json.dumps({"identity": self._identity, **facts}, indent=2, default=str)
+            write_whole(self.folder / DESCRIPTION, told, _OWNER_ONLY)
 
     def end(self, number: int, reason: str) -> None:
         """Marks the run as ended: the same federation, started again, begins anew."""
         with self._disk(ENDED):
-            write_whole(self.folder / ENDED, json.dumps({"round": number, "reason": reason}))
+            write_whole(self.folder / ENDED, json.dumps({"round": number, "reason": reason}), _OWNER_ONLY)
 
     def newest(self) -> Found:
-        """The last good round of a run of this federation that has not ended. Changes nothing."""
+        """The last good round of a run of this federation that has not ended. Changes nothing.
+
+        Raises:
+            VaultError: A round that is whole does not open: a key that is not the one it was sealed with damages nothing.
+        """
         damaged: dict[Path, str] = {}
         if (self.folder / ENDED).exists():
             return Found()
         for folder in reversed(_rounds(self.folder)):
             try:
                 _check_seal(folder)
-                identity, checkpoint = _read(folder)
+                with opened(folder, self._vault) as inside:
+                    identity, checkpoint = _read(inside)
+            except VaultError:
+                raise
             except (FedgeError, OSError, ValueError, SafetensorError) as error:
                 damaged[folder] = shown(" ".join(str(error).split()))
                 continue
@@ -293,7 +323,7 @@ class Ledger:
     def _write(self, draft: Path, checkpoint: Checkpoint) -> None:
         """Names and shapes of tensors come from nodes: what files would not give back as it is must end the run before."""
         try:
-            _write(draft, checkpoint, self._identity)
+            _write(draft, checkpoint, self._identity, self._sign)
             _, found = _read(draft)
             wrong = [
                 n for n, k in checkpoint.kept.items() if found.kept[n].adapter.digest() != encode(k.adapter, "fp32").digest()
@@ -326,8 +356,8 @@ class Ledger:
         log.warning("the rounds of the run before are now in %s", aside)
 
     def _copy_newest(self, rounds: Path, names: Iterable[str]) -> None:
-        for name in names:
-            _copy(place_of(rounds, name, single=""), place_of(self.folder, name))
+        for name in names if self._vault is None else ():
+            _copy(place_of(rounds, name, single=""), place_of(self.folder, name), private=True)
 
 
 def _rounds(folder: Path) -> list[Path]:
@@ -336,12 +366,13 @@ def _rounds(folder: Path) -> list[Path]:
     return sorted((path for path in there if path.is_dir() and not path.is_symlink()), key=lambda path: int(path.name))
 
 
-def _write(folder: Path, checkpoint: Checkpoint, identity: str) -> None:
+def _write(folder: Path, checkpoint: Checkpoint, identity: str, sign: Sign) -> None:
     described = {}
     for name, kept in checkpoint.kept.items():
         place = place_of(folder, name, single="")
         place.mkdir(parents=True, exist_ok=True)
         save_adapter(place, kept.adapter, kept.manifest, kept.plan)
+        sign(place, name, kept)
         (place / ROUND).write_text(json.dumps(finite(asdict(kept.record)), indent=2, allow_nan=False), encoding="utf-8")
         described[name] = _Described(plan=kept.plan, empty=tuple(m for m, r in kept.adapter.ranks().items() if not r))
     state = _State(identity=identity, round=checkpoint.round, adapters=described, state=dict(checkpoint.state))
@@ -362,10 +393,61 @@ def _read(folder: Path) -> tuple[str, Checkpoint]:
     return state.identity, Checkpoint(state.round, kept, state.state, load((folder / ARRAYS).read_bytes()))
 
 
-def _copy(source: Path, target: Path, *, figures: bool = True) -> None:
+@contextmanager
+def _written(draft: Path, vault: Vault | None, number: int) -> Iterator[Path]:
+    """Where a round is written: the draft of its folder, or memory, from where it is sealed into the draft."""
+    if vault is None:
+        yield draft
+        return
+    with folder_in_memory() as place:
+        (inside := place / _SEALED_ROUND).mkdir()
+        yield inside
+        vault.pack(inside, draft / f"{_SEALED_ROUND}{SUFFIX}", {"kind": "round", "round": number})
+
+
+@contextmanager
+def opened(folder: Path, vault: Vault | None) -> Iterator[Path]:
+    """A round's folder, or what is sealed in it, for as long as the block lasts.
+
+    Raises:
+        VaultError: It is sealed and there is no vault, or another one; it is not, and there is a vault.
+    """
+    sealed = folder / f"{_SEALED_ROUND}{SUFFIX}"
+    if vault is None and not sealed.exists():
+        yield folder
+        return
+    if vault is None:
+        raise VaultError(f"{folder}: is sealed; name the key file that it was sealed with (at_rest.vault, or --vault)")
+    if not sealed.exists():
+        raise VaultError(f"{folder}: is not sealed, and there is a vault; leave at_rest.vault out, or name another output")
+    with folder_in_memory() as place:
+        vault.unpack(sealed, place, {"kind": "round", "round": int(folder.name)})
+        yield place / _SEALED_ROUND
+
+
+def vault_of(federation: Federation) -> Vault | None:
+    """The vault of a federation's coordinator; None where it names none.
+
+    Raises:
+        VaultError: Its key cannot be read.
+    """
+    kept = federation.at_rest
+    return Vault.at(kept.vault, kept.passphrase_env) if kept.vault else None
+
+
+def published(folder: Path) -> Federation | None:
+    """The federation whose folder this is, as far as the folder says it."""
+    try:
+        return _published(folder)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _copy(source: Path, target: Path, *, figures: bool = True, private: bool = False) -> None:
     """A round's adapter, without what only the coordinator needs."""
-    with whole_folder(target) as draft:
-        for file in (WEIGHTS, CONFIG, MANIFEST, *([ROUND] if figures else [])):
+    with whole_folder(target, private=private) as draft:
+        signed = [SIGNATURE] if (source / SIGNATURE).is_file() else []
+        for file in (WEIGHTS, CONFIG, MANIFEST, *signed, *([ROUND] if figures else [])):
             shutil.copyfile(source / file, draft / file)
 
 
@@ -380,6 +462,11 @@ def place_of(folder: Path, name: str, *, single: str = ADAPTER) -> Path:
     return folder / ADAPTERS / name if name else folder / single
 
 
+def newest_place(federation: Federation, name: str) -> Path:
+    """Where a person finds the newest adapter of a name; the rounds, where they are sealed and export opens them."""
+    return federation.output / ROUNDS if federation.at_rest.vault else place_of(federation.output, name)
+
+
 def _refuse_links(folder: Path) -> None:
     """What is written, moved and replaced must lie in the folder itself, whoever made it."""
     places = [folder / name for name in (ROUNDS, DAMAGED, ADAPTER, ADAPTERS, EVENTS, TENSORBOARD)]
@@ -390,7 +477,7 @@ def _refuse_links(folder: Path) -> None:
 
 def _drafts(folder: Path) -> list[Path]:
     """What a coordinator that was killed has begun to write (``protocol.files``)."""
-    single = [draft for name in (ADAPTER, DESCRIPTION, ENDED, RESUME) for draft in folder.glob(f".{name}-*")]
+    single = [draft for name in (ADAPTER, DESCRIPTION, ENDED, RESUME, ISSUED) for draft in folder.glob(f".{name}-*")]
     return [*single, *(folder / ROUNDS).glob(".[0-9]*-*"), *(folder / ADAPTERS).rglob(".*-*")]
 
 
@@ -447,7 +534,15 @@ def _free(path: Path) -> Path:
     return found
 
 
-def export(folder: Path, target: Path, adapter: str = "", number: int | None = None, *, figures: bool = False) -> int:
+def export(
+    folder: Path,
+    target: Path,
+    adapter: str = "",
+    number: int | None = None,
+    *,
+    figures: bool = False,
+    vault: Vault | None = None,
+) -> int:
     """Copies a round's adapter to ``target``; returns the round.
 
     Args:
@@ -456,8 +551,10 @@ def export(folder: Path, target: Path, adapter: str = "", number: int | None = N
         adapter: Which, where there are several.
         number: Of the round; without it the newest.
         figures: ``round.json`` as well, which names every institution with its counts, losses and norms.
+        vault: Opens rounds that are sealed.
 
     Raises:
+        VaultError: It is sealed, and not with this vault's key.
         AdapterError: There is no such round or adapter, it is damaged, or the target is there already or cannot be written.
     """
     if os.path.lexists(target):
@@ -471,17 +568,22 @@ def export(folder: Path, target: Path, adapter: str = "", number: int | None = N
         _check_seal(there[-1])
     except (OSError, ValueError) as error:
         raise AdapterError(f"{there[-1]}: damaged ({error}); export an earlier round") from None
-    source = place_of(there[-1], adapter, single="")
+    with opened(there[-1], vault) as inside:
+        _export(inside, there[-1], target, adapter, figures=figures)
+    return int(there[-1].name)
+
+
+def _export(round_folder: Path, shown_as: Path, target: Path, adapter: str, *, figures: bool) -> None:
+    source = place_of(round_folder, adapter, single="")
     if not (source / WEIGHTS).is_file():
-        inside = there[-1] / ADAPTERS
+        inside = round_folder / ADAPTERS
         names = sorted(path.parent.relative_to(inside).as_posix() for path in inside.rglob(WEIGHTS))
         said = f"expected one of {', '.join(names)} (--adapter)" if names else "the federation has one adapter, without a name"
-        raise AdapterError(f"adapter {adapter!r} is not in {there[-1]}; {shown(said)}")
+        raise AdapterError(f"adapter {adapter!r} is not in {shown_as}; {shown(said)}")
     try:
         _copy(source, target, figures=figures)
     except OSError as error:
         raise AdapterError(f"{target}: cannot be written ({error.strerror or error}); name another folder") from None
-    return int(there[-1].name)
 
 
 def _published(folder: Path) -> Federation:
@@ -496,6 +598,7 @@ def resumable(folder: Path) -> tuple[int, Federation, list[str]]:
 
     Raises:
         AdapterError: There is no federation, it has ended, or none of its rounds is good.
+        VaultError: Its rounds are sealed, and the key does not open them.
     """
     try:
         federation = _published(folder)
@@ -506,7 +609,7 @@ def resumable(folder: Path) -> tuple[int, Federation, list[str]]:
         ) from None
     if (folder / ENDED).exists():
         raise AdapterError(f"{folder}: the run has ended; start its federation again for a new one")
-    found = Ledger(folder, identity=federation.identity()).newest()
+    found = Ledger(folder, identity=federation.identity(), vault=vault_of(federation)).newest()
     if found.checkpoint is None:
         raise AdapterError(
             "; ".join([f"{folder}: no good round is left", *found.told(), "start the federation again, it begins anew"])

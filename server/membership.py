@@ -9,6 +9,7 @@ from flwr.serverapp import Grid
 
 from protocol.errors import FederationError, MessageError, shown
 from protocol.federation import Federation
+from protocol.privacy.promise import Promise
 from protocol.records import Call, Offer, call_records, read_offer
 from server.admission import check_offer, check_shape, check_size, memory_bytes
 from server.exchange import Exchange
@@ -23,13 +24,27 @@ class Membership:
         federation: What they are asked to join.
         tracks: By name; members are put into them.
         note: Called with an event and its facts.
+        named: Offers are signed, so that a name belongs to its key. Otherwise it is what a node calls itself, and a second one
+            of a name gets another.
+        promise: Of differential privacy, which nodes look at before they join.
     """
 
-    def __init__(self, grid: Grid, federation: Federation, tracks: dict[str, Track], note: Callable[..., None]) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        federation: Federation,
+        tracks: dict[str, Track],
+        note: Callable[..., None],
+        *,
+        named: bool = False,
+        promise: Callable[[], Promise | None] = lambda: None,
+    ) -> None:
         self._grid = grid
         self._federation = federation
         self._tracks = tracks
         self._note = note
+        self._named = named
+        self._promise = promise
         self._exchange = Exchange(grid, lambda _, reply: read_offer(reply.content))
         self._known: set[int] = set()
         self._names: dict[int, str] = {}
@@ -103,15 +118,26 @@ class Membership:
         heard = self._exchange.hear(wait=wait)
         for node, reason in sorted((heard.refused | heard.silent).items()):
             self._leave_out(node, f"node-{node}", reason)
-        if not heard.results:
+        offered = self._by_name(heard.results, connected) if self._named else heard.results
+        if not offered:
             return
-        self._offers = offers = self._undecided() | heard.results
+        self._offers = offers = self._undecided() | offered
         base = self.base_digest or Counter(offer.base_digest for offer in offers.values()).most_common(1)[0][0]
         # What most offer on the federation's base comes first: others are held against it, and no single node sets it.
         alike = Counter(_shape(offer) for offer in offers.values() if offer.base_digest == base)
         for node in sorted(offers, key=lambda node: (node not in self._names, -alike[_shape(offers[node])], node)):
             if node in self._offers:
                 self._admit(node, offers[node], base, connected)
+
+    def _by_name(self, offers: Mapping[int, Offer], connected: set[int]) -> dict[int, Offer]:
+        """One offer of each name: a second node with the key of one that is connected is asked again when that has gone."""
+        holders = {member.name: member.node for member in self._members() if member.node in connected}
+        for node in sorted(offers):
+            if holders.setdefault(name := offers[node].name, node) != node:
+                self._leave_out(node, name, f"another node with the key of {name} is connected")
+                self._known.discard(node)
+        self._offers = {node: offer for node, offer in self._offers.items() if holders.get(offer.name, node) == node}
+        return {node: offer for node, offer in offers.items() if holders[offer.name] == node}
 
     def _undecided(self) -> dict[int, Offer]:
         """Offers for adapters that have merged nothing yet: what most offer is decided anew then, whoever came first."""
@@ -124,7 +150,7 @@ class Membership:
 
     def _admit(self, node: int, offer: Offer, base_digest: str, connected: set[int]) -> None:
         taken = {member.name for member in self._members() if member.node in connected}
-        name = self._names.get(node, shown(offer.name, 80))
+        name = offer.name if self._named else self._names.get(node, shown(offer.name, 80))
         while name in taken:
             name = f"{name}-{node}"
         try:
@@ -183,6 +209,9 @@ class Membership:
             rounds=max(len(plans) for plans in schedules.values()),
             plan=next(iter(schedules.values()))[0],
             adapters=dict(federation.adapters),
+            summed=federation.secure_sum.enabled,
+            minimum_nodes=federation.rounds.minimum_nodes,
+            privacy=self._promise(),
         )
 
 

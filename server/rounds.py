@@ -8,37 +8,45 @@ at round 1 and merges absolute arrays; this loop goes on where a coordinator die
 
 import hashlib
 import logging
+import secrets
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median_high, median_low
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from flwr.serverapp import Grid
 
 from protocol.adapter import Adapter, Array, Factors
 from protocol.codec import pack, unpack
-from protocol.enrolment import Enrolled, read_enrolled
-from protocol.errors import AdapterError, ConfigurationError, DataError, FederationError
+from protocol.enrolment import Enrolled
+from protocol.errors import AdapterError, BudgetSpentError, ConfigurationError, DataError, FederationError
 from protocol.federation import LOWER_IS_BETTER, Federation
 from protocol.files import read_adapter
 from protocol.manifest import Manifest
 from protocol.product_space import at_rank
 from protocol.records import Offer
 from server.aggregation.registry import make
+from server.audited import Audited
 from server.evaluation_round import Measured, evaluate
 from server.events import EventLog, finite
-from server.ledger import Checkpoint, Kept, Ledger, RoundRecord
+from server.ledger import ISSUED, Checkpoint, Kept, Ledger, RoundRecord, unsigned, vault_of
 from server.membership import Membership
+from server.private_round import PrivateRound
 from server.publishing import Publisher
 from server.secure_round import SecureRound
+from server.signed_grid import SignedGrid
 from server.standing import Standing
 from server.story import read_story
 from server.track import Track
 from server.training_round import Trained, TrainingRound, described
+from server.trust import Numbers, Trust
+
+if TYPE_CHECKING:
+    from server.spending import Spending
 
 log = logging.getLogger("flwr")
 Watch = Callable[[RoundRecord], None]
@@ -86,6 +94,7 @@ def run(
     watch: Watch = lambda record: None,
     anew: Callable[[], None] = lambda: None,
     enrolled: Enrolled | None = None,
+    trust: Trust | None = None,
 ) -> Outcome:
     """Runs a federation to its end; one that died in this output folder goes on where it was.
 
@@ -94,16 +103,17 @@ def run(
         federation: What to publish.
         watch: Called after every round of every adapter.
         anew: Called before the first round, and not where a run goes on.
-        enrolled: Public keys by node name for secure sums, in place of the file that the federation names.
+        enrolled: Public keys by node name for secure sums, where no other message is signed.
+        trust: Who is who, in place of the files that the federation names.
 
     Raises:
-        ConfigurationError: The federation names no such file, or one that holds something else.
+        ConfigurationError: A secure sum without any of both and without such files, or files that hold something else.
         FederationError: Too few nodes joined, too few sent a usable update, a round cannot be kept, or the folder holds another
             run that has not ended.
         AdapterError: The adapter that the federation is to start from is damaged, or not for its base and plan.
     """
     with _alone_in(federation.output):
-        return _Coordinator(grid, federation, watch, anew, enrolled).run()
+        return _Coordinator(grid, federation, watch, anew, enrolled, trust or Trust.of(federation.trust)).run()
 
 
 @contextmanager
@@ -127,23 +137,52 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 class _Coordinator:
     def __init__(
-        self, grid: Grid, federation: Federation, watch: Watch, anew: Callable[[], None], enrolled: Enrolled | None
+        self,
+        grid: Grid,
+        federation: Federation,
+        watch: Watch,
+        anew: Callable[[], None],
+        enrolled: Enrolled | None,
+        trust: Trust | None,
     ) -> None:
-        self._grid = grid
+        self._signed = trust and _signed(grid, federation, trust)
+        self._grid = grid = self._signed or grid
         self._federation = federation
         self._watch = watch
         self._anew = anew
         self._events = EventLog(federation.output, tensorboard=federation.rounds.tensorboard)
-        self._ledger = Ledger(federation.output, identity=federation.identity())
+        self._ledger = Ledger(
+            federation.output,
+            identity=federation.identity(),
+            sign=self._signed.release if self._signed else unsigned,
+            vault=vault_of(federation),
+        )
         self._tracks: dict[str, Track] = {
             name: Track(name, name, plans, make(federation.aggregation)) for name, plans in federation.schedules().items()
         }
-        self._members = Membership(grid, federation, self._tracks, self._note_member)
+        self._audit = Audited(federation, trust)
+        self._spending = _spending(federation)
+        self._members = Membership(
+            grid,
+            federation,
+            self._tracks,
+            self._note_member,
+            named=trust is not None,
+            promise=lambda: self._spending.promise() if self._spending else None,
+        )
         self._standing = Standing(federation.rounds)
         self._publisher = Publisher(federation.rounds.wire_down)
         if federation.secure_sum.enabled:
-            known = _enrolled(federation) if enrolled is None else enrolled
-            self._training: TrainingRound = SecureRound(grid, federation, self._publisher, self._standing, known)
+            known = trust.nodes if trust else enrolled
+            if known is None:
+                raise ConfigurationError(
+                    "federation", ["trust.enrolled: missing; name the YAML file with everybody's name and public key"]
+                )
+            self._training: TrainingRound = SecureRound(
+                grid, federation, self._publisher, self._standing, known, self._spending
+            )
+        elif self._spending:
+            self._training = PrivateRound(grid, federation, self._publisher, self._standing, self._spending)
         else:
             self._training = TrainingRound(grid, federation, self._publisher, self._standing)
         self._number = 0
@@ -160,9 +199,12 @@ class _Coordinator:
         for what in self._ledger.mend(found):
             self._events.note("damaged", found.checkpoint.round if found.checkpoint else 0, what=what)
         if found.checkpoint:
+            self._audit.open(expect=found.checkpoint.state.get("audit"))
             self._restore(found.checkpoint)
         else:
             self._anew()
+        if self._spending:
+            self._spending.begin(self._number)
         self._members.gather()
         self._warn_of_few()
         if found.checkpoint:
@@ -171,11 +213,19 @@ class _Coordinator:
         ended = self._reason_to_stop()
         while not ended and self._number < last:
             self._number += 1
-            self._round(last)
-            ended = self._reason_to_stop()
+            try:
+                self._round(last)
+            except BudgetSpentError as error:
+                self._number -= 1
+                if not self._kept:
+                    raise
+                ended = str(error)
+            else:
+                ended = self._reason_to_stop()
         ended = ended or "every round is done"
         self._events.note("ended", self._number, reason=ended)
         self._events.close()
+        self._audit.ended(self._number)
         self._ledger.end(self._number, ended)
         return Outcome(dict(self._kept), self._members.offers(), self._records, self._members.left_out, ended)
 
@@ -196,7 +246,11 @@ class _Coordinator:
         self._events.note("resumed", found.round)
         log.warning("going on after round %d in %s", found.round, self._ledger.folder)
         self._number, self._traffic_bytes, self._seconds = found.round, state["traffic_bytes"], state["seconds"]
+        if self._signed:
+            self._signed.run_name = state.get("run", self._signed.run_name)
         self._standing.restore(state["standing"])
+        if self._spending:
+            self._spending.restore(state["privacy"])
         self._publisher.restore(_part(found.arrays, "publisher"), state["publisher"])
         self._members.restore(state["members"])
         self._kept = dict(found.kept)
@@ -215,6 +269,8 @@ class _Coordinator:
     # One round ----------------------------------------------------------------------------------------------------------
 
     def _round(self, last: int) -> None:
+        if self._signed:
+            self._signed.begin(self._number)
         trained, connected = self._train()
         for name, done in trained.items():
             track = self._tracks[name]
@@ -223,6 +279,8 @@ class _Coordinator:
                     track, self._number, self._members.base_digest, self._federation.name, done.adapter, done.report
                 )
                 track.adapter = done.adapter
+                spent = done.privacy.get("epsilon") if done.privacy else None
+                self._audit.released(self._number, name, track.adapter.digest(), spent)
         self._standing.note(
             self._number,
             accepted=[name for done in trained.values() for name in done.accepted],
@@ -239,11 +297,16 @@ class _Coordinator:
         """One round, tried again while no track gets enough updates."""
         rounds = self._federation.rounds
         for attempt in range(rounds.retries + 1):
+            if self._spending:
+                self._spending.prepare(self._number)
             connected = self._members.refresh()
             self._draw_starts()
             for track in self._tracks.values():
                 track.begin(self._number, given=bool(self._federation.start))
+            self._audit.asked(self._number, attempt + 1, self._present(connected))
             trained = self._training.run(self._number, self._tracks, connected)
+            for name, done in trained.items():
+                self._audit.answered(self._number, name, done)
             if any(done.report for done in trained.values()):
                 return trained, connected
             usable = max(len(done.accepted) for done in trained.values())
@@ -258,6 +321,10 @@ class _Coordinator:
             log.warning("%s", problem)
         raise FederationError(problem)
 
+    def _present(self, connected: set[int]) -> list[str]:
+        members = (member for track in self._tracks.values() for member in track.members.values())
+        return sorted(member.name for member in members if member.node in connected)
+
     def _draw_starts(self) -> None:
         """Where a track begins that has merged nothing yet: at the federation's own start, or at what the rule draws for it."""
         for track in self._tracks.values():
@@ -270,6 +337,8 @@ class _Coordinator:
                 track.adapter = track.rule.initial(track.reference.modules, ranks, self._federation.rounds.seed)
 
     def _evaluate(self, last: int, connected: set[int]) -> dict[str, Measured]:
+        if self._spending and not self._spending.settings.evaluate:
+            return {}
         every, final = self._federation.rounds.evaluate_every, self._number == last
         if not final and (not every or self._number % every):
             return {}
@@ -289,6 +358,7 @@ class _Coordinator:
             evaluation_refused=measured.refused,
             norms=done.norms,
             merge=asdict(done.report) if done.report else {},
+            privacy=done.privacy,
             bytes_sent=done.bytes_sent + measured.bytes_sent,
             bytes_received=done.bytes_received,
             seconds=done.seconds,
@@ -312,6 +382,7 @@ class _Coordinator:
         if self._number == 1:  # a federation in which no round succeeds leaves nothing behind
             self._describe()
             self._events.open()
+            self._audit.open()
         self._note(self._number, happened)
         for record in records.values():
             self._events.figures(self._number, _figures(record))
@@ -327,9 +398,11 @@ class _Coordinator:
             arrays |= {f"rule {name} {key}": array for key, array in track.rule.state().items()}
             arrays |= {f"before {name} {key}": array for key, array in pack(track.before, "fp32").items()}
         state = {
+            "audit": self._audit.last,
             "traffic_bytes": self._traffic_bytes,
             "seconds": self._seconds,
             "standing": self._standing.state(),
+            "privacy": self._spending.state() if self._spending else {},
             "publisher": about,
             "members": self._members.state(),
             "tracks": {
@@ -341,7 +414,7 @@ class _Coordinator:
                 for name, track in self._tracks.items()
             },
         }
-        return arrays, state
+        return arrays, state | ({"run": self._signed.run_name} if self._signed else {})
 
     def _split(self, name: str, parts: tuple[frozenset[str], frozenset[str]]) -> list[dict[str, Any]]:
         """Puts two tracks in the place of one; what happened, as events.
@@ -394,16 +467,22 @@ class _Coordinator:
 
     def _note_member(self, event: str, **facts: Any) -> None:
         self._events.note(event, self._number, **facts)
+        self._audit.member(event, facts)
 
 
-def _enrolled(federation: Federation) -> Enrolled:
-    """Who may take part in secure sums."""
-    path = federation.secure_sum.enrolled
-    if path is None:
-        raise ConfigurationError(
-            "federation", ["secure_sum.enrolled: missing; name the YAML file with each node's name and public key"]
-        )
-    return read_enrolled(path)
+def _spending(federation: Federation) -> "Spending | None":
+    """The privacy budget; what accounts for it is loaded where there is one."""
+    if not federation.privacy.enabled:
+        return None
+    from server.spending import Spending
+
+    return Spending(federation)
+
+
+def _signed(grid: Grid, federation: Federation, trust: Trust) -> SignedGrid:
+    """A grid for a new run; one that goes on takes the name that it has."""
+    numbers = Numbers(federation.output / ISSUED)
+    return SignedGrid(grid, trust, numbers, federation.name, secrets.token_hex(16))
 
 
 def _fitting(folder: Path, reference: Offer, base_digest: str) -> Adapter:
@@ -453,6 +532,7 @@ def _event(record: RoundRecord) -> dict[str, Any]:
         "evaluation": {name: dict(metrics) for name, metrics in record.evaluation.items()},
         "evaluation_refused": dict(record.evaluation_refused),
         "merge": {key: value for key, value in record.merge.items() if key != "details"},
+        "privacy": dict(record.privacy),
         "bytes_sent": record.bytes_sent,
         "bytes_received": record.bytes_received,
         "seconds": round(record.seconds, 3),
@@ -463,6 +543,7 @@ def _figures(record: RoundRecord) -> dict[str, float]:
     """Every number of a round under a name of its own."""
     at = f"{record.adapter}/" if record.adapter else ""
     found: dict[str, float] = {f"{at}traffic/sent": record.bytes_sent, f"{at}traffic/received": record.bytes_received}
+    found |= {f"{at}privacy/{key}": value for key, value in record.privacy.items()}
     found |= {f"{at}merge/{key}": value for key, value in record.merge.items() if isinstance(value, int | float)}
     for kind, nodes in (("training", record.accepted), ("evaluation", record.evaluation)):
         found |= {f"{at}{kind}/{node}/{key}": value for node, metrics in nodes.items() for key, value in metrics.items()}

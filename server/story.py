@@ -45,6 +45,7 @@ class Story:
             "round": newest.round,
             "stage": newest.stage,
             "nodes": len(self.nodes),
+            **self._privacy(newest),
             "bytes_sent": sum(event.bytes_sent for event in self.rounds),
             "bytes_received": sum(event.bytes_received for event in self.rounds),
             "seconds": round(sum(seconds.values()), 3),
@@ -52,6 +53,17 @@ class Story:
             "refused": {name: about["refused"] for name, about in self.nodes.items() if about.get("refused")},
             "evaluation": {name: dict(metrics) for name, metrics in self.evaluation.items()},
             "troubles": self.troubles,
+        }
+
+    def _privacy(self, newest: Event) -> dict[str, Any]:
+        """What the privacy budget was and what of it is spent, where there is one."""
+        if not newest.privacy:
+            return {}
+        told = newest.privacy
+        return {
+            "epsilon": round(told.get("epsilon", 0.0), 4),
+            "epsilon_budget": told.get("budget", 0.0),
+            "delta": told.get("delta", 0.0),
         }
 
     def metrics(self) -> list[str]:

@@ -124,6 +124,8 @@ class Track:
             digest=digest,
             reference=reference,
             wire=federation.rounds.wire,
+            summed=federation.secure_sum.enabled,
+            minimum_nodes=federation.rounds.minimum_nodes,
         )
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from server.ledger import RoundRecord
     from simulations.demo_edge import OnDevice
     from simulations.federation import Comparison
+    from strategies.job import Job
 
 Json = Annotated[bool, typer.Option("--json", help="Ends with one JSON line instead of tables.")]
 
@@ -62,7 +63,7 @@ def simulate(
     as_json: Json = False,
 ) -> None:
     """Runs a federation in this process; no SuperLink, no Ray."""
-    from server.ledger import place_of
+    from server.ledger import newest_place
     from simulations.federation import check, compare, federate
     from simulations.scenario import nodes_of, read_scenario
 
@@ -82,7 +83,7 @@ def simulate(
         return
     with _told_how_to_go_on():
         outcome = federate(federation, nodes, watch=_tell)
-    places = {name: place_of(federation.output, name) for name in outcome.kept}
+    places = {name: newest_place(federation, name) for name in outcome.kept}
     if as_json:
         plans = {name: {"method": o.method, "precision": o.precision, "r": o.r} for name, o in outcome.offers.items()}
         told: dict[str, Any] = {"plans": plans, "ended": outcome.ended}
@@ -125,14 +126,16 @@ def train(
     if last.method in COMPRESSED:
         made["model"] = str(last.output / "model")
     if as_json:
-        told = [{"output": str(stage.output), "objective": stage.objective, **_measured(record)} for stage, record in done]
+        told = [
+            {"output": str(stage.output), "objective": stage.objective, **_measured(stage, record)} for stage, record in done
+        ]
         stages = {"stages": told} if job.stages else {}
-        typer.echo(json.dumps({**made, **stages, **_measured(done[-1][1])}))
+        typer.echo(json.dumps({**made, **stages, **_measured(*done[-1])}))
         return
     for number, (stage, record) in enumerate(done, 1):
         if job.stages:
             typer.echo(f"stage {number}, {stage.objective}: {stage.output}")
-        figures = _measured(record)
+        figures = _measured(stage, record)
         held_out = {f"held-out {name}": value for name, value in figures["evaluation"].items()}
         for name, value in {**figures["training"], **held_out}.items():
             typer.echo(f"{name:>28}  {value:.6g}")
@@ -140,10 +143,16 @@ def train(
         typer.echo(f"{kind}: {place}")
 
 
-def _measured(record: "RoundRecord") -> dict[str, dict[str, float]]:
-    """The figures of the one node."""
+def _measured(stage: "Job", record: "RoundRecord") -> dict[str, dict[str, float]]:
+    """The figures of the one node, and what they cost each row where that is promised."""
     trained, measured = next(iter(record.accepted.values())), next(iter(record.evaluation.values()), {})
-    return {"training": dict(trained), "evaluation": dict(measured)}
+    cost = {}
+    if promised := stage.training.example_privacy:
+        from client.example_ledger import spent
+        from simulations.single import MEMORY
+
+        cost = {"example-epsilon": spent(stage.output / MEMORY, stage), "example-delta": promised.delta}
+    return {"training": dict(trained) | cost, "evaluation": dict(measured)}
 
 
 @contextmanager

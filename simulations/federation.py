@@ -6,20 +6,22 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 from client.app import app
 from client.node import Node
 from client.round import choose, held_out_rows, join, training_rows
 from protocol.adapter import Adapter
-from protocol.enrolment import read_enrolled
-from protocol.errors import ConfigurationError, UserError
+from protocol.errors import ConfigurationError, UserError, shown
 from protocol.federation import Federation
 from protocol.plan import Plan
 from protocol.records import Call
-from protocol.signature import make_key, write_private, write_public
+from protocol.signature import make_key, read_private, write_pair
 from server.ledger import RoundRecord
 from server.rounds import Outcome, run
+from server.trust import Trust
 from simulations.grid import InProcessGrid
 from strategies.base_model import find
 from strategies.data.ai_feedback import made
@@ -76,9 +78,10 @@ def check(federation: Federation, nodes: Sequence[Node]) -> None:
         if count < fewest
     ]
     call = Call(federation=federation.name, round=0, rounds=1, plan=plans[0], adapters=dict(federation.adapters))
-    for node in nodes:
+    for number, node in enumerate(nodes, 1):
+        state = node.state or federation.output.resolve() / STATE / f"{number:04d}"
         try:
-            join(call, node, aloud=False)
+            join(call, node.model_copy(update={"state": state}), aloud=False)
         except ConfigurationError as error:
             problems += [f"{node.name}: {problem}" for problem in error.problems]
         except UserError as error:
@@ -93,9 +96,10 @@ def federate(
     """Runs a federation over nodes in this process: the same ClientApp and the same rounds as on a SuperLink.
 
     A node that names no ``state`` remembers in ``OUTPUT/node-state``, so that a run that died goes on to the same bit; one that
-    begins anew finds nothing there. Secure sums are made with keys for this run alone.
+    begins anew finds nothing there. Secure sums, and messages where they are signed, are made with keys for this run alone.
 
     Raises:
+        ConfigurationError: Two nodes have one name, and keys are enrolled by name.
         FederationError: Too few nodes could take part.
     """
     memory = federation.output.resolve() / STATE
@@ -105,7 +109,9 @@ def federate(
             shutil.rmtree(memory)
 
     with tempfile.TemporaryDirectory(prefix="fedge-keys-") as folder:
-        keys = _keys(Path(folder), nodes) if federation.secure_sum.enabled else {}
+        asked = federation.trust
+        signed = federation.secure_sum.enabled or asked.signed or asked.enrolled is not None
+        keys, trust = _keys(Path(folder), nodes) if signed else ({}, None)
         configs = [
             {key.replace("_", "-"): str(value) if isinstance(value, Path) else value for key, value in own.items()}
             for own in (
@@ -118,21 +124,26 @@ def federate(
                 for number, node in enumerate(nodes, 1)
             )
         ]
-        enrolled = read_enrolled(Path(folder, _ENROLLED)) if keys else None
-        return run(InProcessGrid(app, configs), federation, watch, forget, enrolled)
+        return run(InProcessGrid(app, configs), federation, watch, forget, trust=trust)
 
 
-def _keys(folder: Path, nodes: Sequence[Node]) -> dict[str, dict[str, Path]]:
-    """Settings by node: a key of its own, for this run alone, and the list of all of them."""
-    lines, settings = {}, {}
-    for number, name in enumerate(dict.fromkeys(node.name for node in nodes)):
+def _keys(folder: Path, nodes: Sequence[Node]) -> tuple[dict[str, dict[str, Path]], Trust]:
+    """Keys for this run alone: settings by node, its own key and the list of all of them, and the coordinator's side of it."""
+    twice = [name for name, count in Counter(node.name for node in nodes).items() if count > 1]
+    if twice:
+        raise ConfigurationError(
+            "nodes", [f"name: {shown(twice[0], 80)} found twice, and a key is enrolled by name; rename one"]
+        )
+    names = [node.name for node in nodes]
+    coordinator = next(name for number in count(1) if (name := f"coordinator-{number}") not in names)
+    listed, lines, settings = folder / _ENROLLED, dict[str, Any](), dict[str, dict[str, Path]]()
+    for number, name in enumerate([coordinator, *names]):
         key, private = make_key(), folder / f"{number}"
-        write_private(private, key)
-        write_public(private.with_suffix(".pub"), key.public_key())
-        lines[name] = private.with_suffix(".pub").read_text(encoding="ascii").strip()
-        settings[name] = {"identity": private, "enrolled": folder / _ENROLLED}
-    (folder / _ENROLLED).write_text(json.dumps(lines), encoding="utf-8")  # which is YAML
-    return settings
+        public = write_pair(private, key)
+        lines[name] = {"key": public.read_text(encoding="ascii").strip(), "role": "coordinator" if not number else "node"}
+        settings[name] = {"identity": private, "enrolled": listed}
+    listed.write_text(json.dumps(lines), encoding="utf-8")  # which is YAML
+    return settings, Trust(read_private(settings.pop(coordinator)["identity"]), listed)
 
 
 def compare(

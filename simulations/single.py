@@ -29,7 +29,7 @@ from strategies.progress import HISTORY
 from strategies.training import can_train
 
 log = logging.getLogger(__name__)
-ADAPTER, MODEL = "adapter", "model"
+ADAPTER, MODEL, MEMORY = "adapter", "model", "memory"
 _STAGE = "stage.json"
 _FEW = 20
 _RECORD = TypeAdapter(RoundRecord)
@@ -126,7 +126,7 @@ def _federation(job: Job, *, progress: bool) -> tuple[Federation, Node]:
         replay=job.data.replay,
         probe=job.forgetting and job.forgetting.probe,
         folder=job.output,
-        state=job.output / "memory",
+        state=job.output / MEMORY,
         whole_model=job.output / MODEL,
         progress=progress,
     )

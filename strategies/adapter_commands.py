@@ -1,4 +1,4 @@
-"""Verbs for adapters that are trained: ``fedge merge``, ``extract``, ``combine`` and ``fedge registry …``."""
+"""Verbs for adapters that are trained: ``fedge merge``, ``extract``, ``combine``, ``verify`` and ``fedge registry …``."""
 
 import json
 from collections.abc import Mapping
@@ -25,6 +25,7 @@ def mount(app: typer.Typer) -> None:
     app.command()(merge)
     app.command()(extract)
     app.command()(combine)
+    app.command()(verify)
     app.add_typer(registry, name="registry")
 
 
@@ -158,6 +159,35 @@ def combine(
     _tell(
         {"output": str(output), "how": how, "r": manifest.r, "energy_kept": kept, "adapters": parts},
         [f"{output}: {how} of {len(parts)} adapters, rank {manifest.r}" + (f", {kept:.1%} kept" if kept is not None else "")],
+        as_json,
+    )
+
+
+def verify(
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder, as a coordinator released or exported it.")],
+    trusted: Annotated[Path | None, typer.Option(help="The coordinator's public key, a file (identity.pub).")] = None,
+    enrolled: Annotated[Path | None, typer.Option(help="Instead: the federation's list; its coordinators count.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Says which federation, run, round and coordinator released an adapter, and that no file of it was changed since."""
+    from protocol.enrolment import read_enrolment
+    from protocol.errors import ConfigurationError, shown
+    from protocol.release import check_release
+    from protocol.signature import fingerprint, read_trusted
+
+    if (trusted is None) == (enrolled is None):
+        raise ConfigurationError("command line", ["expected one of --trusted and --enrolled: whose word counts"])
+    keys = read_enrolment(enrolled).coordinators.values() if enrolled else read_trusted(trusted) if trusted else ()
+    found = check_release(adapter, keys)
+    release, key = found.release, fingerprint(found.coordinator)
+    named = f", adapter {shown(release.adapter, 80)}" if release.adapter else ""
+    _tell(
+        {"coordinator": key, "unsigned": list(found.unsigned), **release.model_dump(mode="json")},
+        [
+            f"{adapter}: round {release.round} of {shown(release.federation, 80)}{named}, signed by {key}",
+            f"  run {shown(release.run, 80)}, digest {release.digest}",
+            *(f"  not signed: {shown(name, 80)}" for name in found.unsigned),
+        ],
         as_json,
     )
 

@@ -9,7 +9,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,10 +42,11 @@ class Checkpoints:
         folder: Created when there is something to keep.
         identity: Of the training: its plan, its data and what it began with.
         limit: How many stay.
+        keep: Called whenever a checkpoint is whole and after some went, for a folder that does not outlive the process.
     """
 
-    def __init__(self, folder: Path, identity: str, limit: int) -> None:
-        self._folder, self._identity, self._limit = folder, identity, limit
+    def __init__(self, folder: Path, identity: str, limit: int, keep: Callable[[], None] = lambda: None) -> None:
+        self._folder, self._identity, self._limit, self._keep = folder, identity, limit, keep
 
     def begin(self) -> None:
         """Readies the folder: what a crash left half written goes for good, what is of another training moves aside."""
@@ -91,6 +92,7 @@ class Checkpoints:
         ranked = sorted(scores, key=scores.__getitem__, reverse=True) + [o for o in reversed(there) if o not in scores]
         for other in set(there) - set(ranked[: self._limit]) - {there[-1]}:
             shutil.rmtree(other)
+        self._keep()
 
     def go_back(self, step: int) -> None:
         """Forgets what was kept after a step: the training had begun to diverge. From here on the rate is half."""
@@ -98,6 +100,7 @@ class Checkpoints:
             if _step(path) > step:
                 shutil.rmtree(path)
         self._write(halved=True)
+        self._keep()
 
     def _write(self, *, halved: bool) -> None:
         write_whole(self._folder / _TRAINING, json.dumps({"identity": self._identity, "halved": halved}))

@@ -49,6 +49,8 @@ class Job(Plan):
         yield from super().conflicts()
         if not self.stages and not self.data.train and not self.data.tasks:
             yield "data.train is missing; name the file with the training rows"
+        if len(self.stages) > 1 and any(stage.training.example_privacy for stage in self.stages):
+            yield "training.example_privacy beside stages: what one keeps of a row, another may tell; make each a job"
         for number, stage in enumerate(self.stages):
             if not stage.data.train and not stage.data.tasks:
                 yield f"stages.{number}.data.train is missing; name the file with the training rows"

@@ -9,8 +9,10 @@ import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
+from protocol.errors import DataError
 from strategies.checkpoints import Checkpoints, Sealed
 from strategies.divergence import Watch
 from strategies.methods.method import Method
@@ -59,6 +61,15 @@ class _Resumable(Trainer):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self._losses: list[Any] = []
         self.add_callback(_steps(self))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        except UnpicklingError:  # torch.load(weights_only=True), everywhere: what is no tensor is not made
+            path = self.course.found.path if self.course.found else self.args.output_dir
+            raise DataError(
+                f"{path}: a file of it holds no tensors; it is no checkpoint of this training, so delete it"
+            ) from None
 
     @property
     def _own(self) -> bool:

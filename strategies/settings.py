@@ -144,6 +144,7 @@ def settled(
                 values[name], reasons[name] = value, why
 
     put(problem.wishes, "as wished")
+    put(_uncounted(problem), "each row is private: whatever looks at rows, or keeps what they made, would have to be counted")
     put({"method": method, "precision": precision}, "")
     put({"objective": objective}, _WHY_OBJECTIVE.get(objective, f"the task is of kind {problem.task.kind}"))
     preferences = objective in REFERRING
@@ -233,7 +234,15 @@ def _mixed(method: Method, precision: Precision, problem: Problem) -> dict[str, 
     if machine.device == "cpu":
         return {"training.mixed_precision": "fp32"}
     pure = method in ON_THE_BASE and precision in ("bf16", "fp16")
-    return {"training.mixed_precision": "fp32" if pure else "bf16" if machine.bf16 else "fp16"}
+    # fp16 would scale gradients up before they are shortened row by row.
+    wide = pure or bool(not machine.bf16 and _uncounted(problem))
+    return {"training.mixed_precision": "fp32" if wide else "bf16" if machine.bf16 else "fp16"}
+
+
+def _uncounted(problem: Problem) -> dict[str, Any]:
+    """What a training whose rows are private goes without; nothing where that is not wished."""
+    private = any(name.startswith("training.example_privacy") for name in problem.wishes)
+    return {"training.save_steps": None, "training.eval_steps": None} if private else {}
 
 
 def _passes(objective: Objective) -> float:

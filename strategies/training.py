@@ -4,13 +4,12 @@ import hashlib
 import logging
 import math
 import sys
-import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from protocol.adapter import Adapter
 from protocol.errors import ConfigurationError, DivergenceError, HardwareError
@@ -34,6 +33,10 @@ from strategies.objectives.reference import OVER_GIVEN_ANSWERS, switchable, told
 from strategies.objectives.work import Work
 from strategies.progress import bar, teller
 from strategies.resumable import Course, finite, resumable
+from strategies.training_place import Safe, placed
+
+if TYPE_CHECKING:
+    from strategies.example_budget import Sampled
 
 log = logging.getLogger(__name__)
 _OBJECTIVES = {
@@ -79,11 +82,13 @@ class Trained:
         metrics: ``train-loss``, ``train-seconds``, ``train-steps``, ``trainable-parameters``, ``cut-rows``,
             ``dropped-rows``, with held-out rows ``eval-loss`` of the last evaluation, and what the method has to say
             (full, freezing: ``energy-kept``, ``weights-moved``); ``rate-halved`` where it had diverged; with a probe what
-            ``strategies.forgetting.Guard`` tells.
+            ``strategies.forgetting.Guard`` tells. No ``train-loss`` where each row is private.
+        sampled: What the cost for each row's privacy depends on; None where the plan promises none.
     """
 
     adapter: Adapter
     metrics: Mapping[str, float]
+    sampled: "Sampled | None" = None
 
 
 def fit(
@@ -101,6 +106,7 @@ def fit(
     probe: Sequence[Row] = (),
     folder: Path | None = None,
     whole: Path | None = None,
+    safe: Safe | None = None,
     progress: bool = False,
 ) -> Trained:
     """Trains once; asked the same again with the same folder, it goes on from the newest checkpoint there.
@@ -124,20 +130,19 @@ def fit(
         probe: General rows; ``plan.forgetting`` says how much the model may lose there (``strategies.forgetting``).
         folder: Keeps checkpoints, TensorBoard logs and the curve (``strategies.progress``); without it nothing is kept.
         whole: A method that trains weights of the base saves the model that it made there, as transformers do.
+        safe: Seals both (``strategies.training_place``).
         progress: Say how far it is on standard error, every ``logging_steps``; with a bar where that is a terminal.
 
     Raises:
         UserError: The plan, the rows, the base and the machine do not fit together, or training diverged twice.
         AdapterError: ``start`` is of another base.
     """
-    task = _Task(
-        plan, base, rows, held_out, start, reference, fresh, trains, own_labels, stretch or Stretch(), probe, whole, progress
-    )
     can_train(plan)
-    with tempfile.TemporaryDirectory(prefix="fedge-") as scratch:
-        place = folder or Path(scratch)
-        processes.hand_out((task, place))
-        return _fit(task, place)
+    asked = plan, base, rows, held_out, start, reference, fresh, trains, own_labels, stretch or Stretch(), probe
+    with placed(folder, whole, safe) as place:
+        task = _Task(*asked, place.whole, progress)
+        processes.hand_out((task, place.folder))
+        return _fit(task, place.folder, place.keep)
 
 
 def follow() -> None:
@@ -174,6 +179,8 @@ def can_train(plan: Plan) -> None:
             "or leave it out"
         )
     if processes.count() > 1:
+        if t.example_privacy:
+            problems.append("training.example_privacy draws the rows of a step in one process; start one process")
         if method_of(plan).penalty(plan):
             problems.append(f"method {plan.method} adds to the loss what several processes would each add; start one process")
         if t.proximal_mu:
@@ -232,9 +239,9 @@ class _Task:
         return digest.hexdigest()
 
 
-def _fit(task: _Task, place: Path) -> Trained:
+def _fit(task: _Task, place: Path, keep: Callable[[], None] = lambda: None) -> Trained:
     """Trains on from the newest checkpoint; where it diverges, once more from a good one with half the rate."""
-    kept = Checkpoints(place, task.identity(), task.plan.training.save_total_limit)
+    kept = Checkpoints(place, task.identity(), task.plan.training.save_total_limit, keep)
     if processes.is_first():
         kept.begin()
     while True:
@@ -246,6 +253,10 @@ def _fit(task: _Task, place: Path) -> Trained:
             return _train(task, place, kept, found)
         except Diverged as error:
             step, good, what = error.step, error.good, error.what
+            if task.plan.training.example_privacy:  # to train again would tell of every row again
+                raise DivergenceError(
+                    f"training diverged at step {step}: {what}; take a lower training.learning_rate"
+                ) from None
             if kept.halved:
                 raise DivergenceError(
                     f"training diverged at step {step} with half the rate too: {what}; take a lower training.learning_rate, or "
@@ -265,9 +276,10 @@ def _fit(task: _Task, place: Path) -> Trained:
 def _train(task: _Task, place: Path, kept: Checkpoints, found: Sealed | None) -> Trained:
     from transformers import PrinterCallback, ProgressCallback, set_seed
 
-    plan, base, near, start = task.plan, task.base, task.near, task.start
+    base, near, start = task.base, task.near, task.start
     reads = load_tokenizer(base)
-    train, held = _encoded(task.rows, reads, plan), _encoded(task.held_out, reads, plan) if task.watched else None
+    train, held = _encoded(task.rows, reads, task.plan), _encoded(task.held_out, reads, task.plan) if task.watched else None
+    plan = _settled(task.plan, len(train.rows))
     if processes.is_first():
         _warn_of_long_rows(train, len(task.rows), plan)
     given, moved = plan.objective in OVER_GIVEN_ANSWERS, bool(near.factors or near.dense)
@@ -313,7 +325,7 @@ def _train(task: _Task, place: Path, kept: Checkpoints, found: Sealed | None) ->
         raise Diverged(result.global_step, result.global_step - 1, "its weights are not finite")
     history = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     metrics = {
-        "train-loss": course.watch.mean,
+        **({} if plan.training.example_privacy else {"train-loss": course.watch.mean}),
         "train-seconds": time.perf_counter() - begun,
         "train-steps": float(result.global_step),
         "trainable-parameters": float(sum(p.numel() for p in model.parameters() if p.requires_grad)),
@@ -331,7 +343,26 @@ def _train(task: _Task, place: Path, kept: Checkpoints, found: Sealed | None) ->
             tokenizer.save_pretrained(draft)
     adapter = method.extract(model, taken)
     told = {"eval-loss": history[-1]} if history else {}
-    return Trained(adapter, {**metrics, **told, **method.metrics(model)})
+    return Trained(adapter, {**metrics, **told, **method.metrics(model)}, _sampled(plan, len(train.rows), result.global_step))
+
+
+def _settled(plan: Plan, rows: int) -> Plan:
+    """The plan with the noise that its promise to each row takes, where it makes one and nobody has settled it yet."""
+    promised = plan.training.example_privacy
+    if promised is None or promised.noise_multiplier is not None:
+        return plan
+    from strategies.example_budget import with_noise
+
+    return with_noise(plan, rows)
+
+
+def _sampled(plan: Plan, rows: int, steps: int) -> "Sampled | None":
+    promised = plan.training.example_privacy
+    if promised is None or promised.noise_multiplier is None:
+        return None
+    from strategies.example_budget import Sampled, batch_of
+
+    return Sampled(rows, batch_of(plan.training), promised.noise_multiplier, steps)
 
 
 def _in_one_piece(trainer: Any, task: _Task, model: Any, taken: Begun) -> tuple[Any, Begun]:
@@ -411,7 +442,7 @@ def _arguments(plan: Plan, folder: Path, watch: bool) -> dict[str, Any]:
         "learning_rate": t.learning_rate,
         "per_device_train_batch_size": t.batch_size,
         "per_device_eval_batch_size": t.eval_batch_size or t.batch_size,
-        "gradient_accumulation_steps": t.gradient_accumulation_steps,
+        "gradient_accumulation_steps": 1 if t.example_privacy else t.gradient_accumulation_steps,
         "num_train_epochs": t.num_train_epochs,
         "max_steps": t.max_steps or -1,
         "lr_scheduler_type": t.lr_scheduler_type,
@@ -424,7 +455,7 @@ def _arguments(plan: Plan, folder: Path, watch: bool) -> dict[str, Any]:
         "adam_beta2": t.adam_beta2,
         "adam_epsilon": t.adam_epsilon,
         "weight_decay": t.weight_decay,
-        "max_grad_norm": t.max_grad_norm,
+        "max_grad_norm": 0.0 if t.example_privacy else t.max_grad_norm,
         "neftune_noise_alpha": t.neftune_noise_alpha,
         "activation_checkpointing": t.gradient_checkpointing,
         "activation_checkpointing_kwargs": {"use_reentrant": False} if t.gradient_checkpointing else None,
@@ -463,6 +494,10 @@ def _trainer(parent: Any, plan: Plan, stretch: Stretch) -> Any:
     made = _on_a_stretch(parent, stretch)
     if penalty := method_of(plan).penalty(plan):
         made = penalised(made, penalty)
+    if plan.training.example_privacy:
+        from strategies.example_privacy import private
+
+        return private(made, plan)
     return proximal(made, plan.training.proximal_mu) if plan.training.proximal_mu else made
 
 

@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from client.node import Node
+from client.policy import Policy
 from protocol.federation import Federation
 from simulations.scenario import Scenario
 from strategies.job import Job
@@ -27,6 +28,7 @@ _FILES: tuple[tuple[type[BaseModel], str, str], ...] = (
     (Request, "A request", "`fedge plan`, `compare`, `roadmap`."),
     (Federation, "A federation", "`flwr run`, and `federation` in a scenario."),
     (Node, "A node", "`flower-supernode --node-config`, with dashes for underscores, and `nodes` in a scenario."),
+    (Policy, "A policy", "`policy` of a node, and `fedge node policy`."),
     (Scenario, "A scenario", "`fedge simulate`."),
 )
 _NUMBERS = {int: "whole number", float: "number", bool: "true or false", str: "text"}

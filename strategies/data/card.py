@@ -78,6 +78,7 @@ def card(made: Prepared, plan: Plan, tokenizer: "PreTrainedTokenizerBase | None"
         "duplicates": repeats,
         "definitions": _DEFINITIONS,
         "treatment": _treatment(plan),
+        "example_privacy": _promised(plan),
         "masked": dict(sum((Counter(file.masked) for file in made.report.files), Counter[str]())),
         "report": dataclasses.asdict(made.report),
         "quality": {"score": round(math.prod(shares.values()), 4), "formula": "usable * unique * clean * whole"}
@@ -89,7 +90,7 @@ def write_beside(folder: Path, made: Prepared, plan: Plan, tokenizer: "PreTraine
     """Writes what belongs beside an adapter into a folder: ``data-card.json``, and ``chat_template.jinja`` where it is ours.
 
     A tokenizer without a template was given one (``strategies.base_model.CHAT_TEMPLATE``), and whoever uses the adapter without
-    this project needs it. A card of the same rows and treatment is left as it is.
+    this project needs it. A card of the same rows, treatment and promise is left as it is.
 
     Args:
         folder: Of the adapter, or of a node's own records.
@@ -100,7 +101,8 @@ def write_beside(folder: Path, made: Prepared, plan: Plan, tokenizer: "PreTraine
     if tokenizer.chat_template == CHAT_TEMPLATE:
         write_whole(folder / TEMPLATE, CHAT_TEMPLATE)
     known = _known(folder / CARD)
-    if known.get("digest") != _digests(made) or known.get("treatment") != _treatment(plan):
+    same = {"digest": _digests(made), "treatment": _treatment(plan), "example_privacy": _promised(plan)}
+    if any(known.get(name) != value for name, value in same.items()):
         write_card(folder / CARD, card(made, plan, tokenizer))
 
 
@@ -150,6 +152,12 @@ def _treatment(plan: Plan) -> dict[str, Any]:
         "masking": {"kinds": list(masking.kinds), "lists_of_names": len(masking.names)},
         "augmentation": [kind for kind, wanted in kinds.items() if wanted],
     }
+
+
+def _promised(plan: Plan) -> dict[str, Any] | None:
+    """What each row was promised of the training; None where nothing was."""
+    promised = plan.training.example_privacy
+    return promised.model_dump(mode="json", include={"epsilon", "delta", "clipping_norm"}) if promised else None
 
 
 def _known(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from protocol.files import read_adapter
 from protocol.plan import Plan
 from server.aggregation.registry import make
 from server.track import Track
-from server.training_round import _start
+from server.training_round import start_of
 from simulations.federation import federate
 from simulations.single import train_alone
 from strategies.base_model import CHAT_TEMPLATE, find, load
@@ -105,7 +105,7 @@ def test_three_rounds_of_two_clients_improve_what_is_held_out(name, llama, nodes
 @pytest.mark.parametrize(("method", "fresh"), [("full", True), ("freezing", True), ("lora", False), ("adalora", False)])
 def test_a_change_of_whole_weights_does_not_share_its_rank_with_what_was_sent(method, fresh):
     track = Track("", "", (Plan.model_validate({"method": method}),), make(AggregationSettings()))
-    start = _start(track, 4, 1)
+    start = start_of(track, 4, 1)
     assert start.fresh is fresh
     sent = Adapter({"q": Factors(np.ones((6, 3), np.float32), np.ones((2, 6), np.float32))})
     assert {module: pair.r for module, pair in start.trained(sent).factors.items()} == ({} if fresh else {"q": 4})
