@@ -81,6 +81,10 @@ def run(
     folder: Folder,
     superlink: Annotated[str, typer.Option(metavar="HOST:PORT", help="The coordinator's address.")],
     settings: Annotated[Path | None, typer.Option(help="YAML with the node's settings; else node.yaml in its folder.")] = None,
+    device: Annotated[
+        Path | None, typer.Option(metavar="BUNDLE", help="Train with this bundle, without PyTorch (docs/edge.md).")
+    ] = None,
+    device_key: Annotated[Path | None, typer.Option(metavar="KEY.pub", help="Whose signature of the bundle counts.")] = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="For the node's own processes, on this machine alone.")] = 9094,
     coordinator: Coordinator = "",
     insecure_without_tls: Annotated[
@@ -101,7 +105,9 @@ def run(
     folder = folder.resolve()
     found = credentials.check(folder, coordinator=coordinator, unsigned_apps=run_unsigned_apps)
     path = settings or folder / credentials.SETTINGS
+    here = {name: file.resolve() for name, file in (("device", device), ("device_key", device_key)) if file}
     (own,) = beside(path, (load(path, Node),))
+    own = Node.model_validate(own.model_dump(exclude_unset=True) | here) if here else own
     if "name" in own.model_fields_set and own.name != found.name:
         raise ConfigurationError(str(path), [f"name: {own.name!r}; its key is enrolled as {found.name!r}"])
     if not insecure_without_tls and credentials.greet(superlink, folder) is None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from protocol.enrolment import Enrolment, read_enrolment
+from protocol.enrolment import read_enrolment
 from protocol.errors import ConfigurationError, FederationError
 from protocol.files import write_whole
 from protocol.signature import fingerprint, key_id, read_private
@@ -67,7 +67,7 @@ class Trust:
             return
         for name in sorted(self.nodes.keys() - found.nodes.keys()):
             log.warning("%s; it is asked no more", found.why_not(name))
-        self.enrolment = Enrolment(found.nodes, found.coordinators, found.auditors, found.revoked)
+        self.enrolment = found
         self.nodes.clear()
         self.nodes.update(found.nodes)
 
