@@ -76,6 +76,7 @@ def export(
     max_bytes: MaxBytes = None,
     pooling: Annotated[str, typer.Option(help="Of an embedder: mean or cls.")] = "mean",
     budget: Budget = None,
+    trainable: Annotated[bool, typer.Option("--trainable", help="Adds graphs with which devices train adapters.")] = False,
     as_json: Json = False,
 ) -> None:
     """Makes a signed bundle of a base and its adapters; what is too far from PyTorch is not written."""
@@ -97,6 +98,7 @@ def export(
         largest_bytes=max_bytes,
         pooling=_one_of("pooling", pooling, ("mean", "cls")),
         budget=_bounds(budget),
+        trainable=trainable,
     )
     _made(make_bundle(request, _say), key, as_json)
 

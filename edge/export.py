@@ -120,7 +120,7 @@ def export(
     check_full_precision(base)
     plan = _plan(base, kind, labels)
     check_memory(base, skeleton(base, plan.objective, plan.data.labels))
-    model = _loaded(base, plan)
+    model = loaded(base, kind, labels)
     remarks: tuple[str, ...] = ()
     shape, encoder = None, None
     if kind == "decoder":
@@ -169,10 +169,11 @@ def _plan(base: Base, kind: Kind, labels: Sequence[str] | None) -> Plan:
         raise ModelError(f"{base.name!r}: {error}") from None
 
 
-def _loaded(base: Base, plan: Plan) -> "PreTrainedModel":
-    """In evaluation mode; a head that nobody trained yet is the one that training would start from."""
+def loaded(base: Base, kind: Kind, labels: Sequence[str] | None) -> "PreTrainedModel":
+    """A base in float32 and evaluation mode; a head that nobody trained yet is the one that training would start from."""
     import torch
 
+    plan = _plan(base, kind, labels)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.training.seed)
         model, _ = load(base, plan)

@@ -8,10 +8,10 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from edge import adapter_file, graph_file, probes, tokenizer
-from edge.bundle import check_new, write_bundle
+from edge.bundle import Judge, check_new, write_bundle
 from edge.described import check_heads, context_tokens, described, fields_of, kind_of, listed, misnamed
 from edge.export import Pooling, export
 from edge.gate import BASE, Gate, reading
@@ -19,16 +19,13 @@ from edge.parity import Kind, Outputs, Probe, limits_of
 from edge.quantize import AlgorithmName, Quantised, quantize
 from edge.reference import Torch, torch_of
 from edge.room import check_disk
-from edge.runtime.manifest import (
-    MODEL,
-    REPORT,
-    TOKENIZER,
-    Description,
-    adapter_path,
-)
+from edge.runtime.gradient import Gradients
+from edge.runtime.manifest import MODEL, REPORT, TOKENIZER, Description, Parity, adapter_path
 from edge.runtime.model import Model
 from edge.runtime.model import open as opened
 from edge.runtime.verify import verified
+from edge.train_graph.gate import check_gradients, check_rounded
+from edge.train_graph.make import check_kind, for_training, requantised, trainable
 from protocol.errors import AdapterError, BundleError, ConfigurationError
 from protocol.files import Stored, read_stored, sweep
 from protocol.plan import Plan
@@ -64,6 +61,7 @@ class Request:
         largest_bytes: Most that the graph's weights may take: the most sensitive layers keep 8 bits within it.
         pooling: Of an embedder.
         budget: Bounds of the parity gate in place of the profile's.
+        trainable: Adds graphs with which devices train adapters.
     """
 
     base_model: str
@@ -81,6 +79,7 @@ class Request:
     largest_bytes: int | None = None
     pooling: Pooling = "mean"
     budget: Mapping[str, float] = field(default_factory=dict)
+    trainable: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,11 +102,13 @@ class _Draft:
         described: Its manifest but for files and figures.
         files: Where each is, by its path in the bundle.
         original: What it was made from.
+        source: The base that was exported: with an adapter merged into it, or as it was published.
     """
 
     described: Description
     files: Mapping[str, Path]
     original: Torch
+    source: Base
 
 
 def make_bundle(request: Request, say: Say = lambda line: None) -> Path:
@@ -139,7 +140,7 @@ def make_bundle(request: Request, say: Say = lambda line: None) -> Path:
         remarks = (*draft.described.remarks, *_loosened(loose))
         say("opening the bundle and comparing it with PyTorch")
         told = draft.described.model_copy(update={"remarks": remarks})
-        write_bundle(request.output, told, draft.files, request.key, gate)
+        write_bundle(request.output, told, draft.files, request.key, _with_gradients(gate, draft, say))
     return request.output
 
 
@@ -243,13 +244,31 @@ def requantise(
         made = _quantised(graph_file.load(bundle / MODEL), profile, own, None, largest_bytes)
         graph_file.save(made.model, Path(folder))
         files = {path: bundle / path for path in manifest.files if not path.startswith(MODEL) and path != REPORT}
+        if manifest.training:
+            files |= _beside(requantised(bundle, manifest, Path(folder)), Path(folder))
         told = fields_of(manifest) | {"profile": profile, "parity": {}}
         told["remarks"] = (*manifest.remarks, *made.remarks, *_loosened(loose))
         original = _Bundle(source, f"version {manifest.version} in float32, which was compared with PyTorch")
         gate = Gate(original, {BASE: own}, budget or {})
         say("opening the bundle and comparing it")
-        write_bundle(output, Description(**told), files | _files(Path(folder)), key, gate)
+        write_bundle(output, Description(**told), files | _files(Path(folder)), key, _with_rounded(gate, bundle, source, say))
     return output
+
+
+def _with_rounded(gate: Gate, bundle: Path, source: Model, say: Say) -> Judge:
+    """The gate, and behind it a comparison of gradients where both can be trained with."""
+    if source.manifest.training is None:
+        return gate
+
+    def judge(folder: Path, key: Ed25519PublicKey) -> tuple[Mapping[str, Parity], str]:
+        told = gate(folder, key)
+        original = Gradients(bundle, source.manifest)
+        cosine = check_rounded(folder, key, original)
+        original.close()
+        say(f"gradients over its weights have cosine {cosine:.4f} to those in float32")
+        return told
+
+    return judge
 
 
 def _drafted(
@@ -262,6 +281,8 @@ def _drafted(
 ) -> _Draft:
     """Exports, quantises and packs; nothing of the graph stays in memory, for PyTorch will load the model once more."""
     source, kind, remarks = base, request.kind or kind_of(base, list(stored.values())), []
+    if request.trainable:
+        check_kind(kind, ())
     if request.merge:
         say("merging the adapter into the base")
         stored = {BASE: next(iter(stored.values()))}
@@ -283,7 +304,28 @@ def _drafted(
     tokenizer.write(words, scratch / TOKENIZER, base)
     files = _files(scratch) | _packed(beside, exported.lora, exported.dense, base.digest, scratch)
     told = told.model_copy(update={"remarks": (*exported.remarks, *made.remarks, *remarks)})
-    return _Draft(told, files, original)
+    if request.trainable:
+        say("differentiating its layers")
+        more = trainable(exported, scratch)
+        files |= _beside(more.files, scratch)
+        told = told.model_copy(update={"training": more.described})
+    return _Draft(told, files, original, source)
+
+
+def _with_gradients(gate: Gate, draft: _Draft, say: Say) -> Judge:
+    """The gate, and behind it that of the training graphs, where there are any."""
+    if draft.described.training is None:
+        return gate
+
+    def judge(folder: Path, key: Ed25519PublicKey) -> tuple[Mapping[str, Parity], str]:
+        told = gate(folder, key)
+        say("comparing its gradients with PyTorch's")
+        described = draft.described
+        cosine = check_gradients(folder, key, for_training(draft.source, described.kind, described.labels))
+        say(f"gradients over its weights have cosine {cosine:.4f} to those over the base's")
+        return told
+
+    return judge
 
 
 def _checked(request: Request) -> tuple[dict[str, float], list[str]]:
@@ -343,6 +385,14 @@ def _quantised(
 
 def _loosened(loose: Sequence[str]) -> list[str]:
     return [f"whoever made this bundle loosened the bound on {name}" for name in loose]
+
+
+def _beside(content: Mapping[str, bytes], scratch: Path) -> dict[str, Path]:
+    """Writes files into a draft; where each is, by its path in a bundle."""
+    for path, held in content.items():
+        (scratch / path).parent.mkdir(exist_ok=True)
+        (scratch / path).write_bytes(held)
+    return {path: scratch / path for path in content}
 
 
 def _files(scratch: Path) -> dict[str, Path]:

@@ -64,7 +64,7 @@ def decoder(model: "PreTrainedModel", shape: Decoder) -> "ONNXProgram":
             _check_layers(model, cache, shape.layers)
             return (logits, *(tensor for layer in range(shape.layers) for tensor in cache.present[layer]))
 
-    _fix_angles(model)
+    fix_angles(model)
     size = (_BATCH, shape.kv_heads, _CAPACITY, shape.head_dim)
     past = [(torch.zeros(size), torch.zeros(size)) for _ in range(shape.layers)]
     example = (
@@ -132,7 +132,7 @@ def _check_layers(model: Any, cache: attention.CacheInGraph, layers: int) -> Non
         )
 
 
-def _fix_angles(model: Any) -> None:
+def fix_angles(model: Any) -> None:
     """Dynamic scaling of rotary angles begins beyond the positions that a base was made for, where no bundle goes."""
     for module in model.modules():
         if getattr(module, "rope_type", None) == "dynamic":

@@ -9,6 +9,8 @@ import onnxruntime
 from numpy.typing import DTypeLike
 
 from edge.runtime.manifest import BundleManifest
+from protocol.adapter import Adapter as Trained
+from protocol.adapter import Array, Factors
 from protocol.errors import AdapterError, shown
 
 
@@ -46,14 +48,48 @@ def read(path: Path, manifest: BundleManifest, dtypes: Mapping[str, DTypeLike], 
         types = {name: value.numpy().dtype for name, value in found.items()}
     except (RuntimeError, ValueError):  # ValueError: names that are no text, sizes that no array has
         raise AdapterError(f"{path.name}: holds no adapter; expected an .onnx_adapter file") from None
-    if problem := next(_problems(shapes, manifest), None):
-        raise AdapterError(f"{path.name}: {problem}; it was made for another base or bundle")
-    for name, value in found.items():
+    for name in found.keys() & dtypes.keys():
         if types[name] != dtypes[name]:
             raise AdapterError(f"{path.name}: {name} is of {types[name]}; expected {np.dtype(dtypes[name])}")
+    return _checked(path.name, found, shapes, manifest, labels)
+
+
+def bound(adapter: Trained, manifest: BundleManifest, dtypes: Mapping[str, DTypeLike], labels: tuple[str, ...] = ()) -> Adapter:
+    """An adapter from tensors that this device trained; arguments and errors as of ``read``."""
+    arrays: dict[str, Array] = {f"dense.{name}": tensor for name, tensor in adapter.dense.items()}
+    for module, pair in adapter.factors.items():
+        arrays |= {f"lora.{module}.A": pair.A.T, f"lora.{module}.B": (pair.scaling * pair.B).T}
+    shapes = {name: each.shape for name, each in arrays.items()}
+    values = {
+        name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(each, dtypes.get(name, each.dtype)))
+        for name, each in arrays.items()
+    }
+    return _checked("the trained adapter", values, shapes, manifest, labels)
+
+
+def tensors(adapter: Adapter) -> Trained:
+    """The same as factors and dense tensors, float32, scalings inside B: what training begins with."""
+    arrays = {name: np.asarray(value.numpy(), np.float32) for name, value in adapter.inputs.items()}
+    modules = [
+        name.removeprefix("lora.").removesuffix(".A") for name in arrays if name.startswith("lora.") and name.endswith(".A")
+    ]
+    factors = {module: Factors(arrays[f"lora.{module}.A"].T.copy(), arrays[f"lora.{module}.B"].T.copy()) for module in modules}
+    return Trained(factors, {name.removeprefix("dense."): each for name, each in arrays.items() if name.startswith("dense.")})
+
+
+def _checked(
+    source: str,
+    found: Mapping[str, onnxruntime.OrtValue],
+    shapes: Mapping[str, tuple[int, ...]],
+    manifest: BundleManifest,
+    labels: tuple[str, ...],
+) -> Adapter:
+    if problem := next(_problems(shapes, manifest), None):
+        raise AdapterError(f"{source}: {problem}; it was made for another base or bundle")
+    for name, value in found.items():
         if not np.isfinite(value.numpy()).all():
-            raise AdapterError(f"{path.name}: {name} holds numbers that are not finite; train the adapter again")
-    return Adapter(found, _labels(path, _rows(shapes, manifest), manifest, labels))
+            raise AdapterError(f"{source}: {name} holds numbers that are not finite; train the adapter again")
+    return Adapter(found, _labels(source, _rows(shapes, manifest), manifest, labels))
 
 
 def _problems(shapes: Mapping[str, tuple[int, ...]], manifest: BundleManifest) -> Iterator[str]:
@@ -96,10 +132,10 @@ def _rows(shapes: Mapping[str, tuple[int, ...]], manifest: BundleManifest) -> in
     return next(iter(_all_rows(shapes, manifest)), None)
 
 
-def _labels(path: Path, rows: int | None, manifest: BundleManifest, labels: tuple[str, ...]) -> tuple[str, ...]:
+def _labels(source: str, rows: int | None, manifest: BundleManifest, labels: tuple[str, ...]) -> tuple[str, ...]:
     if rows is None:
         return ()
     named = labels or manifest.labels
     if len(named) != rows:
-        raise AdapterError(f"{path.name}: its classifier has {rows} rows, and {len(named)} labels are known; give their names")
+        raise AdapterError(f"{source}: its classifier has {rows} rows, and {len(named)} labels are known; give their names")
     return named

@@ -89,6 +89,14 @@ class ChatTemplate(Strict):
         made.append(Piece(self.generation, False))
         return _joined(made)
 
+    def answered(self, messages: Sequence[Mapping[str, str]], answer: str) -> list[Piece]:
+        """The conversation with the assistant's answer to it; otherwise as ``pieces``."""
+        before = self.pieces(messages)
+        *others, last = before
+        if self.generation:
+            before = [*others, Piece(last.text.removesuffix(self.generation), False)]
+        return _joined([*before, *_around(self.assistant, answer)])
+
     def _merged(self, system: str, content: str) -> list[Piece]:
         """The turn of a user with the system message in it."""
         before, said, after = _around(self.user, content)

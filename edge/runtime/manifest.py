@@ -37,18 +37,20 @@ TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Labels = Annotated[tuple[Label, ...], Field(max_length=10_000)]
 
 
-class _Frozen(BaseModel):
+class Frozen(BaseModel):
+    """What comes from outside: nothing unknown, nothing converted, nothing changed later."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class File(_Frozen):
+class File(Frozen):
     """One file of a bundle."""
 
     sha256: Digest
     size_bytes: int = Field(ge=0, le=_LARGEST_FILE)
 
 
-class DecoderShape(_Frozen):
+class DecoderShape(Frozen):
     """What a decoder's graph takes and gives.
 
     Attributes:
@@ -66,7 +68,7 @@ class DecoderShape(_Frozen):
     cache: Literal["in-place", "concat"] = "in-place"
 
 
-class EncoderShape(_Frozen):
+class EncoderShape(Frozen):
     """What an encoder's graph takes and gives.
 
     Attributes:
@@ -83,7 +85,7 @@ class EncoderShape(_Frozen):
     normalised: bool = False
 
 
-class Tokens(_Frozen):
+class Tokens(Frozen):
     """Control tokens by id; None where the tokenizer has none.
 
     Attributes:
@@ -98,7 +100,7 @@ class Tokens(_Frozen):
     adds_bos: bool = False
 
 
-class BundledAdapter(_Frozen):
+class BundledAdapter(Frozen):
     """One adapter of a bundle; its tensors are ``adapters/ID.onnx_adapter``.
 
     Attributes:
@@ -118,7 +120,7 @@ class BundledAdapter(_Frozen):
     remark: Text = ""
 
 
-class Parity(_Frozen):
+class Parity(Frozen):
     """How far the bundle is from PyTorch on the same texts, for the base or one adapter.
 
     Attributes:
@@ -146,7 +148,23 @@ class Parity(_Frozen):
     budgets: dict[Text, float] = Field({}, max_length=64)
 
 
-class Description(_Frozen):
+class Training(Frozen):
+    """What the training graphs hold (``training_plan``).
+
+    Attributes:
+        layers: Calls of layers, and so states that a step keeps.
+        kinds: Forms of layers, each with graphs of its own.
+        largest_rank: Of a module's factors.
+        largest_tokens: Of a row.
+    """
+
+    layers: Count
+    kinds: Annotated[int, Field(ge=1, le=256)]
+    largest_rank: Count
+    largest_tokens: Count
+
+
+class Description(Frozen):
     """A manifest without its files.
 
     Attributes:
@@ -167,6 +185,7 @@ class Description(_Frozen):
         labels: Of the base's own classifier.
         adapters: By id.
         parity: By adapter id, and ``base``.
+        training: Of a bundle that adapters can be trained with.
     """
 
     format_version: Literal[1] = 1
@@ -189,6 +208,7 @@ class Description(_Frozen):
     labels: Labels = ()
     adapters: dict[Name, BundledAdapter] = Field({}, max_length=1024)
     parity: dict[Name, Parity] = Field({}, max_length=1025)
+    training: Training | None = None
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:

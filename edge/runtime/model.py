@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from numpy.typing import NDArray
 
 from edge.runtime import encoding, opened_versions
-from edge.runtime.adapters import Adapter, read
+from edge.runtime.adapters import Adapter, bound, read
 from edge.runtime.answering import Answer, Row, Terms, write
 from edge.runtime.conversation import Conversation
 from edge.runtime.decoding import Reader, reader
@@ -19,6 +19,7 @@ from edge.runtime.sampling import Writing, writing
 from edge.runtime.session import Resources, Session
 from edge.runtime.tokens import Tokeniser
 from edge.runtime.verify import content, verified
+from protocol.adapter import Adapter as Trained
 from protocol.errors import AdapterError, DataError, ModelError, shown
 from protocol.signature import read_trusted
 
@@ -136,6 +137,16 @@ class Model:
         if self._adapters.setdefault(name, made) is not made:
             raise AdapterError(f"an adapter {shown(name, 100)} was loaded by somebody else meanwhile")
         return name
+
+    def use_adapter(self, name: str, adapter: Trained, *, labels: Sequence[str] = ()) -> None:
+        """Loads an adapter that this device trained, under a name; one that is loaded under it gives way.
+
+        Raises:
+            AdapterError: It does not fit, is not finite, or the name is one of the bundle's own.
+        """
+        if name in {"base", *self.manifest.adapters}:
+            raise AdapterError(f"{shown(name, 100)} is a name of the bundle's own; choose another one")
+        self._adapters[name] = bound(adapter, self.manifest, self._session.dtypes, tuple(labels))
 
     def unload_adapter(self, name: str) -> None:
         """Forgets an adapter; calls that use it end well.

@@ -20,7 +20,7 @@ MOST_INPUTS = 256
 _LARGEST_SEED = 2**63 - 1
 _No = Annotated[float, Field(ge=0, le=0)]
 _Stop = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
-_Request = TypeVar("_Request", bound="_Asked")
+_Request = TypeVar("_Request", bound=BaseModel)
 
 
 class _Frozen(BaseModel):
@@ -179,6 +179,11 @@ class Reply:
             "model": model,
         }
         self._frame["system_fingerprint"] = fingerprint
+
+    @property
+    def id(self) -> str:
+        """Of the completion."""
+        return str(self._frame["id"])
 
     def whole(self, answer: Answer) -> dict[str, Any]:
         """The reply that is not streamed."""

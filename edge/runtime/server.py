@@ -12,6 +12,7 @@ from urllib.parse import unquote
 
 from edge.runtime import openai_format
 from edge.runtime.answering import Answer, Row
+from edge.runtime.collecting import Collector
 from edge.runtime.listening import BoundedServer, Connection, GoneError, RefusedError, Settings, encoded
 from edge.runtime.model import Model, Prompt
 from edge.runtime.openai_format import ChatAsked, Reply, TextAsked, VectorsAsked, asked
@@ -19,6 +20,7 @@ from edge.runtime.turns import Turns
 from protocol.errors import ConfigurationError, FedgeError
 
 BASE: Final = "base"
+_FEEDBACK: Final = "/v1/feedback"
 _log = logging.getLogger(__name__)
 
 
@@ -28,15 +30,16 @@ class BundleServer(BoundedServer):
     Args:
         model: Opened, with the adapters that are to be served.
         settings: Where and how.
+        collector: Takes what users say of answers that they agreed to have kept; without one nothing is remembered.
 
     Raises:
         ConfigurationError: It cannot listen there, or OpenAI's API has nothing for such a bundle.
     """
 
-    def __init__(self, model: Model, settings: Settings) -> None:
+    def __init__(self, model: Model, settings: Settings, collector: Collector | None = None) -> None:
         if model.manifest.kind == "classifier":
             raise ConfigurationError("server", ["a classifier has no place in OpenAI's API; ask it with fedge edge run"])
-        self.model = model
+        self.model, self.collector = model, collector
         self.names = (BASE, *model.adapters)
         self.fingerprint = f"{model.manifest.name}-{model.manifest.version}"
         self.turns = Turns(settings.parallel, settings.waiting, settings.answer_seconds)
@@ -53,7 +56,7 @@ class _Handler(Connection):
     def _route(self) -> str:
         """The path if it is one of ours: any other may hold anything."""
         path = getattr(self, "path", "").partition("?")[0]
-        return path if path in {*_POST, "/health", "/v1/models"} else "elsewhere"
+        return path if path in {*_POST, "/health", "/v1/models", _FEEDBACK} else "elsewhere"
 
     def _problem(self, error: RefusedError) -> Mapping[str, Any]:
         kind = "server_error" if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR else "invalid_request_error"
@@ -61,6 +64,10 @@ class _Handler(Connection):
 
     def _took(self) -> str:
         return f", {self._tokens[0]} + {self._tokens[1]} tokens"
+
+    def do_DELETE(self) -> None:  # noqa: N802 - as do_GET
+        """The standard library's name for it."""
+        self._guarded(self._delete)
 
     def _get(self) -> None:
         path = self.path.partition("?")[0]
@@ -73,10 +80,19 @@ class _Handler(Connection):
             self._adapter(name)
             self._send(HTTPStatus.OK, openai_format.one_model(name))
         else:
-            raise _nowhere(path in _POST, "POST")
+            raise _nowhere(path in _POST or path == _FEEDBACK, "POST")
+
+    def _delete(self) -> None:
+        if self.path != _FEEDBACK:
+            raise RefusedError(HTTPStatus.NOT_IMPLEMENTED, HTTPStatus.NOT_IMPLEMENTED.phrase)
+        self._send(HTTPStatus.OK, self._collector().wipe())
 
     def _post(self) -> None:
         path = self.path.partition("?")[0]
+        if path == _FEEDBACK:
+            collector = self._collector()
+            self._send(HTTPStatus.OK, collector.take(self._body()))
+            return
         if path not in _POST:
             raise _nowhere(path == "/health" or path.startswith("/v1/models"), "GET")
         kind, answer = _POST[path]
@@ -102,11 +118,25 @@ class _Handler(Connection):
             row, steps = turn.begin(model, prompt, adapter, found.settings())
             pieces = self._pieces(row, steps)
             if found.stream:
-                self._stream(reply, pieces, row, found.tells_usage)
+                self._stream(reply, pieces, row, found, prompt)
                 return
             for _ in pieces:
                 pass
-        self._send(HTTPStatus.OK, reply.whole(self._told(row)))
+        answer = self._told(row)
+        self._hold(reply, found, prompt, answer)
+        self._send(HTTPStatus.OK, reply.whole(answer))
+
+    def _hold(self, reply: Reply, found: ChatAsked | TextAsked, prompt: Prompt, answer: Answer) -> None:
+        """Where who started the server and who asks agree to it."""
+        collector = self.server.collector
+        if collector is not None and found.store is True and isinstance(found, ChatAsked):
+            who = [each[:512] for each in (found.user, found.safety_identifier) if isinstance(each, str)]
+            collector.hold(reply.id, prompt, answer.text, " ".join([self.client_address[0], *who]))  # type: ignore[arg-type] # messages
+
+    def _collector(self) -> Collector:
+        if self.server.collector is None:
+            raise RefusedError(HTTPStatus.NOT_FOUND, "this server collects no feedback (fedge edge serve --feedback)")
+        return self.server.collector
 
     def _pieces(self, row: Row, steps: Iterator[None]) -> Iterator[str]:
         """Text as it comes, as long as somebody waits for it and it takes not too long."""
@@ -119,7 +149,7 @@ class _Handler(Connection):
             if time.monotonic() > until:
                 return
 
-    def _stream(self, reply: Reply, pieces: Iterator[str], row: Row, tells_usage: bool) -> None:
+    def _stream(self, reply: Reply, pieces: Iterator[str], row: Row, found: ChatAsked | TextAsked, prompt: Prompt) -> None:
         self._head(HTTPStatus.OK, {"Content-Type": "text/event-stream"})
         self._event(reply.part(None))
         try:
@@ -130,8 +160,9 @@ class _Handler(Connection):
             self._event(openai_format.problem("the model could not go on", "server_error"))
             return
         answer = self._told(row)
+        self._hold(reply, found, prompt, answer)
         self._event(reply.part(None, openai_format.finish(answer)))
-        if tells_usage:
+        if found.tells_usage:
             self._event(reply.took(answer))
         self.wfile.write(b"data: [DONE]\n\n")
         self._note(HTTPStatus.OK)

@@ -62,13 +62,13 @@ class Session:
             HardwareError: There is not enough memory.
             BundleError: The graph cannot be opened, or is not what the manifest says.
         """
-        _check_version(manifest.minimum_onnxruntime)
+        check_version(manifest.minimum_onnxruntime)
         most = resources.memory_bytes
         self._left_bytes = None if most is None else most - needed_bytes(manifest)
         _check_memory(manifest, resources)
         try:
             self.onnx = onnxruntime.InferenceSession(
-                str(folder / MODEL), _options(resources), providers=["CPUExecutionProvider"]
+                str(folder / MODEL), options_of(resources), providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # noqa: BLE001 - onnxruntime's errors have no common class
             raise BundleError(
@@ -197,7 +197,8 @@ def needed_bytes(manifest: BundleManifest) -> int:
     return weights * 11 // 10 + _AROUND_BYTES
 
 
-def _options(resources: Resources) -> onnxruntime.SessionOptions:
+def options_of(resources: Resources) -> onnxruntime.SessionOptions:
+    """Settings of a session within a device's means."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = resources.threads or _processors()
     options.inter_op_num_threads = 1
@@ -214,7 +215,8 @@ def _processors() -> int:
     return os.cpu_count() or 1
 
 
-def _check_version(least: str) -> None:
+def check_version(least: str) -> None:
+    """Refuses, as ``ModelError``, an onnxruntime that is older than ``least``."""
     found = onnxruntime.__version__
     if _numbers(found) < _numbers(least):
         raise ModelError(f"the bundle needs onnxruntime {least} or newer, found {found}; pip install 'onnxruntime>={least}'")

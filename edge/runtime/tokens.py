@@ -86,6 +86,15 @@ class Tokeniser:
                 return ids
             borders |= cuts
 
+    def holds_control(self, text: str, template: Sequence[str] = ()) -> bool:
+        """Whether a control token's name stands in a text; the template's own texts say which added tokens steer, too.
+
+        Raises:
+            DataError: It is no text.
+        """
+        marks = {token for token, name in self._named.items() if any(name in each for each in template)}
+        return not (self._control | marks).isdisjoint(self._encoded(text, add_special_tokens=False).ids)
+
     def text(self, ids: Sequence[int]) -> str:
         """The text of token ids, without control tokens; half characters at its end are U+FFFD."""
         with _reading():

@@ -76,3 +76,14 @@ def exported_classifier(encoder, tmp_path_factory) -> SimpleNamespace:
     settings = {"r": 6, "lora_alpha": 9, "target_modules": ["query", "value", "dense"]}
     adapters = peft_folders(model, {"five": settings}, tmp_path_factory.mktemp("peft"), "SEQ_CLS")
     return SimpleNamespace(exported=exported, folder=folder, base=base, adapters=adapters)
+
+
+@pytest.fixture(scope="session")
+def trainable(tmp_path_factory):
+    """The embedded base with training graphs, in float32, and the key that signed it."""
+    from edge.make import Request, make_bundle
+    from protocol.signature import make_key
+
+    key, folder = make_key(), tmp_path_factory.mktemp("trainable") / "tiny"
+    make_bundle(Request("tiny", folder, key, profile="fp32", trainable=True))
+    return folder, key.public_key()

@@ -1,0 +1,345 @@
+"""The loop: micro-batches to steps, a look at the budget between them, a state after each, measured on held-back rows.
+
+Everything that a step depends on is in the state (adapter, moments, step), and the order of rows follows from the seed and the
+step alone: a training that was killed goes on to the same adapter, to the bit, on the same machine and threads.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from edge.runtime.adapting.adamw import AdamW, clipped
+from edge.runtime.adapting.budget import Meter
+from edge.runtime.adapting.passes import Example, Figures, Passes
+from edge.runtime.adapting.personal import tensors, with_tensors
+from edge.runtime.adapting.preference import Array
+from edge.runtime.adapting.rows import Examples
+from edge.runtime.adapting.state import State, Trail
+from edge.runtime.gradient import Gradients
+from protocol.adapter import Adapter, Factors
+from protocol.errors import ConfigurationError, DivergenceError
+from protocol.strict import Strict
+
+Watch = Callable[[int, float], None]
+
+
+class Settings(Strict):
+    """How a device learns."""
+
+    r: PositiveInt = Field(8, le=1024, description="rank of a new adapter")
+    alpha: PositiveFloat = Field(16.0, description="a new adapter's change is scaled by alpha / r")
+    targets: tuple[str, ...] = Field(
+        (), description="modules of a new adapter, by the end of their names; empty: all that can learn"
+    )
+    learning_rate: PositiveFloat = Field(1e-3, description="of a step, after warm-up")
+    weight_decay: NonNegativeFloat = Field(0.0, description="decoupled, of a step")
+    batch_size: PositiveInt = Field(4, le=1024, description="examples at once, in memory")
+    accumulation: PositiveInt = Field(1, le=1024, description="micro-batches of a step")
+    max_grad_norm: PositiveFloat = Field(1.0, description="longer gradients are shortened to it")
+    warmup_steps: NonNegativeInt = Field(0, description="over which the rate climbs")
+    epochs: PositiveInt = Field(3, le=10_000, description="passes over the rows, if the budget lets")
+    beta: PositiveFloat = Field(0.1, description="DPO: how near the start it stays")
+    method: Literal["gradient", "forward-only"] = Field(
+        "gradient", description="forward-only steps need no more memory than an answer, and hundreds of times the steps"
+    )
+    perturbation: PositiveFloat = Field(1e-2, description="forward-only: how far both looks lie from the adapter")
+    held_out: float = Field(0.1, ge=0, lt=1, description="share of the rows that measures and never trains, one at least")
+    evaluate_every: PositiveInt = Field(20, description="steps between two measurements")
+    patience: PositiveInt = Field(3, description="measurements without a better one after which it ends")
+    replay_share: float = Field(0.5, ge=0, lt=1, description="share of a pass that are replayed rows, where there are any")
+    most_forgetting: PositiveFloat | None = Field(
+        None, description="by how much of itself the loss on held-back replay rows may rise before the adapter is not kept"
+    )
+    seed: NonNegativeInt = Field(0, description="of the order of rows and a new adapter")
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """How a training ended, or how far it came.
+
+    Attributes:
+        adapter: The best on held-back rows.
+        before, after: Figures of the start and of it.
+        forgot: The same on held-back replay rows, before and after; None where there are none.
+        steps: All steps, of earlier processes too.
+        ended: Why there are no more; empty where the budget ran out in the middle and the state waits.
+        stopped: What of the budget ran out.
+        said: What its user should know.
+    """
+
+    adapter: Adapter
+    before: Figures
+    after: Figures
+    forgot: tuple[Figures, Figures] | None
+    steps: int
+    ended: str
+    stopped: str = ""
+    said: list[str] = field(default_factory=list)
+
+
+def new_adapter(gradients: Gradients, settings: Settings) -> Adapter:
+    """Factors whose change is zero: A uniform within 1 / sqrt(d_in), as PEFT draws it, B zero; and the base's own head.
+
+    Raises:
+        ConfigurationError: A target is the end of no module's name.
+    """
+    generator = np.random.default_rng(settings.seed)
+    found = {end: [each for each in gradients.modules if f".{each}".endswith(f".{end}")] for end in settings.targets}
+    if strange := [end for end, modules in found.items() if not modules]:
+        raise ConfigurationError(
+            "adapt", [f"targets: {strange[0]}: none of the {len(gradients.modules)} that this bundle trains"]
+        )
+    chosen = {each for modules in found.values() for each in modules} or set(gradients.modules)
+    factors = {}
+    for module, (d_in, d_out) in gradients.modules.items():
+        if module not in chosen:
+            continue
+        A = generator.uniform(-1, 1, (settings.r, d_in)).astype(np.float32) / np.float32(math.sqrt(d_in))
+        factors[module] = Factors(A, np.zeros((d_out, settings.r), np.float32), settings.alpha / settings.r)
+    return Adapter(factors, gradients.start_dense())
+
+
+class Learning:
+    """One training.
+
+    Args:
+        gradients: Of the bundle.
+        examples: What is learnt.
+        settings: How.
+        start: The adapter that is trained; where a training goes on, it is the one that this began with.
+        trail: Where the state is kept.
+        frozen: An adapter beneath it that stays as it is; its modules' factors stand before the trained ones.
+        replay: What is not to be forgotten; of the same task.
+        watch: Told of each step and its loss.
+    """
+
+    def __init__(
+        self,
+        gradients: Gradients,
+        examples: Examples,
+        settings: Settings,
+        start: Adapter,
+        trail: Trail,
+        *,
+        frozen: Adapter | None = None,
+        replay: Examples | None = None,
+        watch: Watch = lambda step, loss: None,
+    ) -> None:
+        self._settings, self._task = settings, examples.task
+        self._start, self._frozen, self._trail, self._watch = start, frozen or Adapter(), trail, watch
+        self._passes = Passes(gradients, examples.task, settings.batch_size, beta=settings.beta, frozen=self._frozen)
+        self._passes.refer_to(self._passes.whole(start))
+        self._held_out, self._training = _apart(examples.rows, settings)
+        self._probe, self._replay = _apart(replay.rows, settings) if replay else ((), ())
+        self._optimiser = AdamW(settings.learning_rate, weight_decay=settings.weight_decay, warmup_steps=settings.warmup_steps)
+        self._identity = self._identified()
+        gradients.check(self._passes.whole(start))
+        gradients.check_rows([row for rows in (*examples.rows, *(replay.rows if replay else ())) for row in rows])
+
+    def run(self, meter: Meter) -> Learnt:
+        """Goes on until it has learnt, or the budget is spent.
+
+        Raises:
+            DivergenceError: The loss is no number any more; the state is forgotten.
+        """
+        state, said = self._trail.newest()
+        if state is not None and state.facts.get("identity") != self._identity:
+            said.append("a training of other rows, settings or another start was unfinished here; it is given up")
+            state = None
+        at = _Place.of(state, self._start) if state else self._begun()
+        self._start = with_tensors(self._start, at.start)
+        self._passes.refer_to(self._passes.whole(self._start))
+        ended = stopped = ""
+        while not ended and not stopped:
+            ended = self._ended(at)
+            stopped = "" if ended else meter.over()
+            if ended or stopped:
+                break
+            stepped = self._step(at, meter)
+            if stepped is None:
+                stopped = meter.over() or "the budget"
+                break
+            at = stepped
+            meter.steps += 1
+            if at.step % self._settings.evaluate_every == 0:
+                at = self._measured(at)
+            self._trail.keep(at.state(self._identity))
+        if at.step % self._settings.evaluate_every:
+            at = self._measured(at)
+        best = with_tensors(self._start, at.best)
+        forgot = (self.measure(self._start, self._probe), self.measure(best, self._probe)) if self._probe else None
+        return Learnt(best, at.before, at.found, forgot, at.step, ended, stopped, said)
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether there are rows that measure."""
+        return bool(self._held_out)
+
+    def held_back(self, adapter: Adapter) -> Figures:
+        """Figures of an adapter on the rows that never train."""
+        return self.measure(adapter, self._held_out)
+
+    def measure(self, adapter: Adapter, examples: Sequence[Example]) -> Figures:
+        """Figures of an adapter on rows; of none the loss is 0."""
+        return self._passes.figures(adapter, examples)
+
+    # One step -----------------------------------------------------------------------------------------------------------
+
+    def _step(self, at: "_Place", meter: Meter) -> "_Place | None":
+        """The next place; None where the budget was spent on the way, and nothing of the step is kept."""
+        examples = self._drawn(at.step)
+        adapter = with_tensors(self._start, at.tensors)
+        found = (
+            self._passes.gradient(adapter, examples, meter.over)
+            if self._settings.method == "gradient"
+            else self._looked(adapter, examples, at, meter)
+        )
+        if found is None:
+            return None
+        loss, gradients = found
+        if not math.isfinite(loss) or not all(np.isfinite(each).all() for each in gradients.values()):
+            self._trail.forget()
+            raise DivergenceError(
+                f"step {at.step + 1}: the loss is no number any more; lower the learning rate; nothing is kept"
+            )
+        short, _ = clipped(gradients, self._settings.max_grad_norm)
+        moved, moments = self._optimiser.step(at.tensors, short, at.moments, at.step + 1)
+        self._watch(at.step + 1, loss)
+        return at.moved(moved, moments)
+
+    def _looked(
+        self, adapter: Adapter, examples: Sequence[Example], at: "_Place", meter: Meter
+    ) -> tuple[float, dict[str, Array]] | None:
+        """A gradient's estimate from two looks along one drawn direction (Malladi et al. 2023, arXiv:2305.17333, eq. 1)."""
+        generator = np.random.default_rng((self._settings.seed, at.step))
+        direction = {name: generator.standard_normal(each.shape, np.float32) for name, each in at.tensors.items()}
+        step, losses = np.float32(self._settings.perturbation), []
+        for sign in (1, -1):
+            moved = with_tensors(adapter, {name: each + sign * step * direction[name] for name, each in at.tensors.items()})
+            if meter.over():
+                return None
+            losses.append(self.measure(moved, examples).loss)
+        slope = np.float32((losses[0] - losses[1]) / (2 * float(step)))
+        return sum(losses) / 2, {name: slope * each for name, each in direction.items()}
+
+    # Where it stands ------------------------------------------------------------------------------------------------------
+
+    def _begun(self) -> "_Place":
+        own = tensors(self._start)
+        before = self.measure(self._start, self._held_out)
+        return _Place(0, own, own, self._optimiser.start(own), own, before, before, 0)
+
+    def _ended(self, at: "_Place") -> str:
+        if at.step >= self._settings.epochs * self._steps():
+            return f"{self._settings.epochs} passes over the rows"
+        if self._held_out and at.worse >= self._settings.patience:
+            return f"no better on held-back rows in {at.worse} measurements"
+        return ""
+
+    def _measured(self, at: "_Place") -> "_Place":
+        if not self._held_out:
+            return at.best_is(at.tensors, at.found)
+        found = self.measure(with_tensors(self._start, at.tensors), self._held_out)
+        return at.best_is(at.tensors, found) if found.loss < at.found.loss else at.no_better()
+
+    def _steps(self) -> int:
+        """Of a pass."""
+        size = self._settings.batch_size * self._settings.accumulation
+        return -(-(len(self._training) + self._replayed()) // size)
+
+    def _replayed(self) -> int:
+        share = self._settings.replay_share
+        return round(len(self._training) * share / (1 - share)) if self._replay else 0
+
+    def _drawn(self, step: int) -> list[Example]:
+        """The examples of a step: of each pass all own rows and as many replayed ones as their share, mixed."""
+        size, steps = self._settings.batch_size * self._settings.accumulation, self._steps()
+        generator = np.random.default_rng((self._settings.seed, step // steps))
+        rows = list(self._training)
+        if self._replay:
+            rows += [self._replay[at] for at in generator.integers(0, len(self._replay), self._replayed())]
+        order = generator.permutation(len(rows))
+        first = (step % steps) * size
+        return [rows[at] for at in order[first : first + size]]
+
+    def _identified(self) -> str:
+        """What a state belongs to: rows, settings and the places that are trained; where it began is in the state itself."""
+        shapes = {name: list(each.shape) for name, each in tensors(self._start).items()}
+        rows = [
+            [[list(row.ids), row.labels if isinstance(row.labels, int) else list(row.labels)] for row in each]
+            for each in (*self._held_out, *self._training, *self._probe, *self._replay)
+        ]
+        told = [self._settings.model_dump(mode="json"), self._task, shapes, self._frozen.digest(), rows]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a training stands after a step.
+
+    Attributes:
+        start: Where it began.
+        tensors, moments: After the step.
+        best: Tensors of the best measurement; the start's, where none was better.
+        before, found: Figures of the start and of the best.
+        worse: Measurements since.
+    """
+
+    step: int
+    start: Mapping[str, Array]
+    tensors: Mapping[str, Array]
+    moments: Mapping[str, Array]
+    best: Mapping[str, Array]
+    before: Figures
+    found: Figures
+    worse: int
+
+    @classmethod
+    def of(cls, state: State, start: Adapter) -> "_Place":
+        facts, arrays = state.facts, state.arrays
+        names = list(tensors(start))
+        return cls(
+            int(facts["step"]),
+            {name: arrays[f"start|{name}"] for name in names},
+            {name: arrays[f"now|{name}"] for name in names},
+            {name: arrays[f"moment|{name}"] for each in names for name in (f"m|{each}", f"v|{each}")},
+            {name: arrays[f"best|{name}"] for name in names},
+            Figures(*facts["before"]),
+            Figures(*facts["found"]),
+            int(facts["worse"]),
+        )
+
+    def state(self, identity: str) -> State:
+        facts: dict[str, Any] = {"identity": identity, "step": self.step, "worse": self.worse}
+        facts |= {name: [each.loss, each.accuracy] for name, each in (("before", self.before), ("found", self.found))}
+        parts = {"start": self.start, "now": self.tensors, "moment": self.moments, "best": self.best}
+        return State(facts, {f"{part}|{name}": each for part, held in parts.items() for name, each in held.items()})
+
+    def moved(self, own: Mapping[str, Array], moments: Mapping[str, Array]) -> "_Place":
+        return replace(self, step=self.step + 1, tensors=own, moments=moments)
+
+    def best_is(self, own: Mapping[str, Array], found: Figures) -> "_Place":
+        return replace(self, best=own, found=found, worse=0)
+
+    def no_better(self) -> "_Place":
+        return replace(self, worse=self.worse + 1)
+
+
+def _apart(rows: Sequence[Example], settings: Settings) -> tuple[Sequence[Example], Sequence[Example]]:
+    """Rows that measure and rows that train. Equal rows stay together, or what was trained would be measured."""
+    count = max(1, round(settings.held_out * len(rows))) if settings.held_out and len(rows) > 1 else 0
+    groups: dict[tuple[tuple[int, ...], ...], list[Example]] = {}
+    for each in rows:
+        groups.setdefault(tuple(tuple(row.ids) for row in each), []).append(each)
+    kinds = list(groups.values())
+    held: list[Example] = []
+    trains: list[Example] = []
+    for at in np.random.default_rng(settings.seed).permutation(len(kinds)):
+        (held if len(held) < count and len(kinds) > 1 else trains).extend(kinds[at])
+    return (held, trains) if trains else ((), held)

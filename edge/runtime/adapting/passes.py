@@ -1,0 +1,144 @@
+"""What examples say of an adapter: a step's gradient over micro-batches, and figures without one; for whoever trains here."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from edge.runtime.adapting.personal import on_top, tensors
+from edge.runtime.adapting.preference import Array, dpo
+from edge.runtime.adapting.rows import Task
+from edge.runtime.gradient import Gradients
+from edge.runtime.training_rows import NOT_LEARNT, Row, Scored
+from protocol.adapter import Adapter
+
+Example = tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What was measured on rows that never trained.
+
+    Attributes:
+        loss: Mean over learnt tokens, rows or pairs.
+        accuracy: Share of tokens or rows that were the likeliest, or of pairs in the right order.
+    """
+
+    loss: float
+    accuracy: float
+
+
+class Passes:
+    """Forward and backward passes over examples of one task.
+
+    Args:
+        gradients: Of the bundle.
+        task: What the examples are for.
+        size: Examples at once, in memory.
+        beta: DPO: how near the reference it stays.
+        frozen: An adapter beneath the trained one that stays as it is.
+        reference: DPO: the adapter to stay near, with everything that is beneath it.
+    """
+
+    def __init__(
+        self,
+        gradients: Gradients,
+        task: Task,
+        size: int,
+        *,
+        beta: float = 0.1,
+        frozen: Adapter | None = None,
+        reference: Adapter | None = None,
+    ) -> None:
+        self._gradients, self._task, self._size, self._beta = gradients, task, size, beta
+        self._frozen, self._reference = frozen or Adapter(), reference or Adapter()
+        self._known: dict[int, Array] = {}
+
+    def refer_to(self, reference: Adapter) -> None:
+        """Takes another reference."""
+        self._reference, self._known = reference, {}
+
+    def whole(self, adapter: Adapter) -> Adapter:
+        """An adapter with what is beneath it."""
+        return on_top(self._frozen, adapter)
+
+    def scored(self, adapter: Adapter, examples: Sequence[Example]) -> Scored:
+        """A forward pass over examples, row by row; of none, none."""
+        whole = self.whole(adapter)
+        found = [self._gradients.score([row for rows in part for row in rows], whole) for part in self._parts(examples)]
+        if not found:
+            return Scored(np.zeros(0), np.zeros(0, np.int64), np.zeros(0, np.int64))
+        return Scored(*(np.concatenate(each) for each in zip(*found, strict=True)))
+
+    def margins(self, adapter: Adapter, examples: Sequence[Example]) -> Array:
+        """DPO: how much more an adapter has come to prefer the chosen answer of each pair than its reference does."""
+        gain = self.scored(adapter, examples).log_probabilities - self._known_of(examples)
+        return self._beta * (gain[0::2] - gain[1::2])
+
+    def figures(self, adapter: Adapter, examples: Sequence[Example]) -> Figures:
+        """Figures of an adapter on examples; of none the loss is 0."""
+        if not examples:
+            return Figures(0.0, 0.0)
+        if self._task == "dpo":
+            margin = self.margins(adapter, examples)
+            return Figures(float(np.logaddexp(0, -margin).mean()), float((margin > 0).mean()))
+        scored = self.scored(adapter, examples)
+        count = int(scored.tokens.sum())
+        return Figures(-float(scored.log_probabilities.sum()) / count, int(scored.hits.sum()) / count)
+
+    def gradient(
+        self, adapter: Adapter, examples: Sequence[Example], stop: Callable[[], object] = lambda: False
+    ) -> tuple[float, dict[str, Array]] | None:
+        """Loss and gradient of one step, micro-batch by micro-batch, as of all its examples at once.
+
+        Args:
+            adapter: What is trained.
+            examples: Of the step.
+            stop: Asked between micro-batches.
+
+        Returns:
+            The loss, and gradients by ``personal.tensors``' names; None where it was told to stop.
+        """
+        parts = self._parts(examples)
+        total = sum(map(self._weight, parts))
+        loss, summed = 0.0, {name: np.zeros_like(each) for name, each in tensors(adapter).items()}
+        for number, part in enumerate(parts):
+            if number and stop():
+                return None
+            rows = [row for each in part for row in each]
+            objective = dpo(self._known_of(part), self._beta, int(total)) if self._task == "dpo" else None
+            found = self._gradients.loss_and_gradients(rows, self.whole(adapter), objective=objective, count=total)
+            loss += found.loss
+            for name, each in self.own(found.gradients, adapter).items():
+                summed[name] += each
+        return loss, summed
+
+    def own(self, gradients: Adapter, adapter: Adapter) -> dict[str, Array]:
+        """Of the gradients those of what is trained, with respect to it."""
+        found: dict[str, Array] = {}
+        for module, pair in adapter.factors.items():
+            given = gradients.factors[module]
+            below = self._frozen.factors.get(module)
+            if below is None:
+                found |= {f"A|{module}": given.A, f"B|{module}": given.B}
+            else:  # its B carries the scaling inside
+                found |= {f"A|{module}": given.A[below.r :], f"B|{module}": np.float32(pair.scaling) * given.B[:, below.r :]}
+        return found | {f"D|{name}": gradients.dense[name] for name in adapter.dense}
+
+    def _parts(self, examples: Sequence[Example]) -> list[Sequence[Example]]:
+        return [examples[first : first + self._size] for first in range(0, len(examples), self._size)]
+
+    def _weight(self, part: Sequence[Example]) -> float:
+        """What a micro-batch counts in its step: learnt tokens, rows or pairs."""
+        if self._task != "sft":
+            return float(len(part))
+        return float(sum(label != NOT_LEARNT for rows in part for row in rows for label in list(row.labels)[1:]))  # type: ignore[call-overload]
+
+    def _known_of(self, part: Sequence[Example]) -> Array:
+        """Log-probabilities under the reference, of the rows of some pairs: asked once for each pair."""
+        missing = [rows for rows in part if id(rows) not in self._known]
+        for some in self._parts(missing):
+            scored = self._gradients.score([row for rows in some for row in rows], self._reference)
+            for rows, pair in zip(some, scored.log_probabilities.reshape(-1, 2), strict=True):
+                self._known[id(rows)] = pair
+        return np.concatenate([self._known[id(rows)] for rows in part])
