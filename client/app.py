@@ -6,6 +6,9 @@ error's text with the node's paths in it.
 
 import logging
 from collections.abc import Callable
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -14,11 +17,14 @@ from client.arrived import receive
 from client.asked import Asked, read
 from client.audited import Audited
 from client.feedback import with_feedback
-from client.node import from_context
+from client.node import Node, from_context
 from client.permitted import note_training, permitted
 from protocol.errors import AuditError, FedgeError, SecureSumError, StartMissingError
 from protocol.records import METRICS, metric_record, offer_records, payload_bytes, read_asked, update_records
 from strategies.libraries import calm
+
+if TYPE_CHECKING:
+    from client.round_plan import Work
 
 log = logging.getLogger("flwr")
 app = ClientApp()
@@ -30,12 +36,13 @@ def query(message: Message, context: Context) -> Message:
     """Joins a federation: answers with an offer."""
 
     def work(asked: Asked) -> RecordDict:
-        from client import round as node_round
+        from client.round_plan import wish
 
         call, node = read_asked(asked.records), asked.node
-        for reason in node_round.choose(node_round.wish(call, node), node).reasons.values():
+        carries_out = _work_of(node)
+        for reason in carries_out.choose(wish(call, node), node).reasons.values():
             log.warning("%s: %s", node.name, reason)  # what is less than was asked for is never silent
-        return offer_records(node_round.join(call, node, None if node.trial is False else asked.memory))
+        return offer_records(carries_out.join(call, node, None if node.trial is False else asked.memory))
 
     return _answer(message, context, work)
 
@@ -45,14 +52,12 @@ def train(message: Message, context: Context) -> Message:
     """Trains one round: answers with an update."""
 
     def work(asked: Asked) -> RecordDict:
-        from client import round as node_round
-
         node, memory = asked.node, asked.memory
         received = receive(asked.records, memory)
 
-        def trained() -> node_round.Work:
+        def trained() -> "Work":
             note_training(asked, context)
-            done = node_round.train(received, node, memory)
+            done: Work = _work_of(node).train(received, node, memory)
             log.info("round %d: %s", received.call.round, ", ".join(f"{k} {v:.4g}" for k, v in done.own_metrics.items()))
             return done
 
@@ -94,12 +99,15 @@ def evaluate(message: Message, context: Context) -> Message:
     """Measures the global adapter on held-out rows: answers with metrics."""
 
     def work(asked: Asked) -> RecordDict:
-        from client import round as node_round
-
-        metrics, count = node_round.evaluate(receive(asked.records, asked.memory), asked.node, asked.memory)
+        metrics, count = _work_of(asked.node).evaluate(receive(asked.records, asked.memory), asked.node, asked.memory)
         return RecordDict({METRICS: metric_record(asked.policy.told(metrics), asked.policy.counted(count))})
 
     return _answer(message, context, work)
+
+
+def _work_of(node: Node) -> ModuleType:
+    """What carries a round out: PyTorch, or a device's bundle; each joins, chooses, trains and evaluates."""
+    return import_module("client.device" if node.device else "client.round")
 
 
 def _answer(message: Message, context: Context, work: Callable[[Asked], RecordDict]) -> Message:

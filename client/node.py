@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from flwr.app import Context
-from pydantic import BeforeValidator, Field, PositiveInt, field_serializer, model_validator
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, field_serializer, model_validator
 
 from protocol.configuration import load, parse, read_yaml, value_of
 from protocol.data_settings import DataPolicy, located
@@ -19,7 +19,7 @@ from protocol.vault import Vault
 from strategies.hardware import Hardware, override, probe
 from strategies.narrowing import TierName
 
-_PATHS = ("data_policy", "policy", "identity", "enrolled", "state", "folder", "whole_model", "vault", "audit")
+_PATHS = ("data_policy", "policy", "identity", "enrolled", "state", "folder", "whole_model", "vault", "audit", "device", "device_key", "device_own")
 _ROWS = ("train", "evaluate", "replay", "probe")
 
 
@@ -85,6 +85,26 @@ class Node(Strict):
     )
     wipe: bool = Field(False, description="overwrite and remove the checkpoints and logs of a round as soon as it is trained")
     progress: bool = Field(False, description="say on standard error how far training is")
+
+    device: Path | None = Field(
+        None, description="bundle with training graphs: this node trains with numpy and onnxruntime, without PyTorch (docs/edge.md)"
+    )
+    device_key: Path | None = Field(None, description="public keys whose signature of that bundle counts, one a line")
+    device_battery: float = Field(
+        20.0, ge=0, le=100, description="device: per cent below which it neither joins nor trains, unless it is charging"
+    )
+    device_own: Path | None = Field(
+        None, description="device: folder for an adapter of its own on top of the federation's, which never leaves it"
+    )
+    device_own_seconds: PositiveFloat = Field(60.0, description="device: most that its own adapter may take of a round")
+
+    @model_validator(mode="after")
+    def _a_device_is_whole(self) -> "Node":
+        if (self.device is None) != (self.device_key is None):
+            raise ValueError("device and device_key belong together; name both the bundle and the key that signed it")
+        if self.device_own and not self.device:
+            raise ValueError("device_own is of a device; name its bundle in device, or leave this out")
+        return self
 
     @model_validator(mode="after")
     def _rows_are_named(self) -> "Node":

@@ -7,6 +7,7 @@ from flwr.app import Context, MessageType
 
 from client.asked import SECURE_SUM, Asked
 from client.memory import Memory
+from client.node import Node
 from client.policy import Kind, Question, read_policy
 from protocol.records import Call, read_asked
 from protocol.signature import fingerprint
@@ -29,7 +30,7 @@ def permitted(asked: Asked, context: Context) -> Asked:
     elif node.policy:
         day, now = Memory.of(node, context.state, _ALL_FEDERATIONS), datetime.now(UTC)
         asks = question(_KINDS[asked.kind], read_asked(asked.records), asked, coordinator)
-        policy.check(asks, now, policy.begun(day, now), lambda: _digest(asks))
+        policy.check(asks, now, policy.begun(day, now), lambda: _digest(asks, node))
     fewest = max(node.fewest_summed, policy.fewest_summed or 0)
     stricter = {"fewest_summed": fewest, "only_summed": node.only_summed or policy.secure_sum}
     return replace(asked, policy=policy, node=node.model_copy(update=stricter))
@@ -42,13 +43,17 @@ def note_training(asked: Asked, context: Context) -> None:
 
 def question(kind: Kind, call: Call, asked: Asked, coordinator: str) -> Question:
     """What a call asks of this node, with the rows treated as plan and institution say."""
-    from client.round import wish
+    from client.round_plan import wish
 
     plan = wish(call, asked.node) if kind == "join" else call.plan
     return Question(kind, call, plan, asked.node.treating(plan).data.masking.kinds, coordinator)
 
 
-def _digest(asks: Question) -> str:
+def _digest(asks: Question, node: Node) -> str:
+    if node.device:
+        from client.device_bundle import opened
+
+        return opened(node).manifest.base_digest
     from strategies.base_model import find
 
     return find(asks.plan.base_model).digest

@@ -14,6 +14,19 @@ from client.ladder import Ladder
 from client.memory import Memory, path_part
 from client.node import Node
 from client.personal import Personal
+from client.round_plan import (
+    Work,
+    at_asked_rank,
+    counts_steps,
+    of_round,
+    own_labels,
+    rows_from,
+    rows_taken,
+    stretch,
+    trained_rows,
+    wish,
+    with_what_stayed,
+)
 from protocol.adapter import Adapter, Array
 from protocol.errors import BaseMismatchError, ConfigurationError, DataError, ModelError
 from protocol.files import keep_private, private_folder
@@ -53,21 +66,6 @@ _SAMPLED = 64
 _TOLD = ("train-loss", "train-steps", "energy-kept", "weights-moved", "rate-halved", *FIGURES)
 
 
-@dataclass(frozen=True)
-class Work:
-    """What one round made.
-
-    Attributes:
-        update: Goes to the coordinator.
-        metrics: Go with it.
-        own_metrics: Everything that was measured; seconds and counts of rows speak of hardware and data and stay here.
-    """
-
-    update: Update
-    metrics: dict[str, float]
-    own_metrics: dict[str, float]
-
-
 def choose(wish: Plan, node: Node) -> Narrowed:
     """The plan that this node carries out, with its reasons; the reasons stay here.
 
@@ -83,23 +81,6 @@ def choose(wish: Plan, node: Node) -> Narrowed:
         return fitted(narrowed, known, node.hardware(), calibration, resident_bytes(narrowed.chosen))
     except ModelError as error:  # no estimate for such a base or target: the first step shows whether it fits
         return Narrowed(narrowed.chosen, {**narrowed.reasons, "memory": f"not estimated: {error}"})
-
-
-def wish(call: Call, node: Node) -> Plan:
-    """The plan that is published for this node: of several adapters, that of the one that it names.
-
-    Raises:
-        ConfigurationError: The node names none of several, or one that there is not.
-    """
-    if not call.adapters and node.adapter is None:
-        return call.plan
-    if node.adapter in call.adapters:
-        return call.adapters[node.adapter]
-    there = (
-        f"there are {', '.join(sorted(call.adapters))}" if call.adapters else "there is but one, without a name; leave it out"
-    )
-    found = "missing" if node.adapter is None else f"found {node.adapter!r}"
-    raise ConfigurationError("node config", [f"adapter: {found}; in federation {call.federation} {there}"])
 
 
 def join(call: Call, node: Node, memory: Memory | None = None, *, aloud: bool = True) -> Offer:
@@ -160,23 +141,23 @@ def train(received: Received, node: Node, memory: Memory) -> Work:
         PrivacyError: The rows' budget is spent; nothing is trained.
     """
     call = received.call
-    plan, base = _at_asked_rank(received, node), _same_base(call)
+    plan, base = at_asked_rank(received, choose(call.plan, node).chosen), _same_base(call)
     rows = training_rows(plan, node)
     ledger = _ledger(plan, node, rows, base, call.rounds - call.first + 1)
-    own = None if ledger else _own_labels(rows, plan)  # which labels there are, a row may tell
+    own = None if ledger else own_labels(rows, plan)  # which labels there are, a row may tell
     taken = _rows_of(call, rows, plan, base)
     personal = Personal.of(call, registry.shape(base, plan).head)
     parts = personal.before(memory, call.round)
     start = personal.joined(received.adapter, parts)
     watched = held_out_rows(plan, node) if plan.training.eval_steps else []
-    learnt = made(taken, _of_round(plan, call.round), base, start, training=True)
+    learnt = made(taken, of_round(plan, call.round), base, start, training=True)
     held_out = made(watched, plan, base, received.reference, training=False).rows
 
     own_folder, safe = _own_folder(call, node), _safe(call, node)
 
     def attempt(plan: Plan) -> Trained:
         return fit(
-            _of_round(_with_noise_of(ledger, plan), call.round),
+            of_round(_with_noise_of(ledger, plan), call.round),
             base,
             learnt.rows,
             held_out,
@@ -189,7 +170,7 @@ def train(received: Received, node: Node, memory: Memory) -> Work:
             fresh=call.fresh,
             trains=call.trains,
             own_labels=own,
-            stretch=_stretch(plan, call),
+            stretch=stretch(plan, call),
             probe=_probe(plan, node),
         )
 
@@ -200,9 +181,9 @@ def train(received: Received, node: Node, memory: Memory) -> Work:
     _leave(own_folder, plan, node, base, safe)
     personal.remember(memory, call.round, parts, trained.adapter)
     trained_on = len({id(row) for row in learnt.rows})  # a row that is drawn again is no other row
-    shared = personal.shared(trained.adapter if call.fresh else _with_what_stayed(trained.adapter, start, call.r))
+    shared = personal.shared(trained.adapter if call.fresh else with_what_stayed(trained.adapter, start, call.r))
     # How many rows there are, rows may tell: where each is private, the plan's own number is.
-    counted = _taken(plan) if ledger and _taken(plan) else min(trained_on, _taken(plan) or trained_on)
+    counted = rows_taken(plan) if ledger and rows_taken(plan) else min(trained_on, rows_taken(plan) or trained_on)
     manifest = Manifest(
         base_digest=base.digest,
         kind="update",
@@ -214,7 +195,7 @@ def train(received: Received, node: Node, memory: Memory) -> Work:
         parent=call.digest,
         num_examples=1 if call.privacy else counted,
     )
-    update = Update(shared, manifest, _trained_rows(shared, own, registry.shape(base, plan).head, plan))
+    update = Update(shared, manifest, trained_rows(shared, own, registry.shape(base, plan).head, plan))
     told = {name: value for name, value in trained.metrics.items() if name in _TOLD}
     return Work(update, told, {**trained.metrics, **learnt.metrics, **costs})
 
@@ -269,7 +250,7 @@ def held_out_rows(plan: Plan, node: Node) -> list[Row]:
 
 def _rows(plan: Plan, node: Node) -> Gathered:
     """Rows that train and rows that are held out, of all tasks and what is replayed beside them."""
-    return gathered(node.treating(plan), node.sources(), node.replay, _taken(plan))
+    return gathered(node.treating(plan), node.sources(), node.replay, rows_taken(plan))
 
 
 def _probe(plan: Plan, node: Node) -> list[Row]:
@@ -334,52 +315,25 @@ def _describe(folder: Path, plan: Plan, node: Node, base: Base, safe: Safe | Non
         write_beside(opened.place, rows, treating, tokenizer)
 
 
-def _counts_steps(plan: Plan, call: Call) -> bool:
-    """Whether a round takes a part of the rows.
-
-    It takes all where the plan counts epochs, where there is but one round, and where each row is private: steps draw from all.
-    """
-    return plan.training.max_steps is not None and call.rounds > 1 and plan.training.example_privacy is None
-
-
 def _rows_of(call: Call, rows: Sequence[Row], plan: Plan, base: Base) -> list[Row]:
-    """The round's rows: all, or as many usable ones as its steps take.
-
-    They are read on from where a federation without unusable rows would stand, ``(round - 1) * rows per round``: a node needs
-    no memory for it, and a round that is asked for again gets the same rows.
-    """
-    if not _counts_steps(plan, call):
+    """The round's rows: all, or as many usable ones as its steps take."""
+    if not counts_steps(plan, call):
         return list(rows)
     tokenizer = load_tokenizer(base)
     blocks = plan.objective == "pretraining" or plan.training.packing
-    wanted = _texts(plan, rows, tokenizer) if blocks else _taken(plan)
-    found: list[Row] = []
-    for read, at in enumerate(read_on(len(rows), (call.round - 1) * wanted, plan.training.seed), 1):
-        if is_usable(rows[at], tokenizer, plan.data.max_length, plan.objective):
-            found.append(rows[at])
-        if len(found) == wanted:
-            return found
-        if read == len(rows) and not found:
-            break
-    raise DataError(f"round {call.round}: {len(rows)} rows, none with an answer within {plan.data.max_length} tokens")
+    wanted = _texts(plan, rows, tokenizer) if blocks else rows_taken(plan)
+    return rows_from(rows, call, plan, wanted, lambda row: is_usable(row, tokenizer, plan.data.max_length, plan.objective))
 
 
 def _all_too_long(named: str, plan: Plan) -> str:
     return f"{named}: no row has anything to learn from within {plan.data.max_length} tokens; raise data.max_length"
 
 
-def _taken(plan: Plan) -> int:
-    """Rows that the plan's steps take; 0 where it counts epochs. Of several answers to one prompt each counts in a batch."""
-    settings = plan.training
-    answers = plan.rl.num_generations if plan.objective == "rl" else 1
-    return (settings.max_steps or 0) * settings.batch_size * settings.gradient_accumulation_steps // answers
-
-
 def _texts(plan: Plan, rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase") -> int:
     """Texts, or packed rows, that fill as many blocks as the plan's steps take, at the mean length of some: always the same."""
     some = [rows[at] for at in window(len(rows), 0, min(len(rows), _SAMPLED), plan.training.seed)]
     tokens = sum(len(row["input_ids"]) for row in encode(some, tokenizer, plan.data.max_length, plan.objective).rows)
-    return max(1, round(_taken(plan) * plan.data.max_length * len(some) / tokens))
+    return max(1, round(rows_taken(plan) * plan.data.max_length * len(some) / tokens))
 
 
 def _usable(rows: Sequence[Row], base: Base, plan: Plan) -> Callable[[int], bool]:
@@ -392,41 +346,6 @@ def _usable(rows: Sequence[Row], base: Base, plan: Plan) -> Callable[[int], bool
     return usable
 
 
-def _of_round(plan: Plan, number: int) -> Plan:
-    """A new seed each round, or directions that a small rank leaves free would start from the same draw for ever."""
-    return plan.model_copy(update={"training": plan.training.model_copy(update={"seed": plan.training.seed + number - 1})})
-
-
-def _stretch(plan: Plan, call: Call) -> Stretch:
-    steps = plan.training.max_steps
-    if steps is None or call.rounds == 1:
-        return Stretch()
-    climb = round(steps * plan.training.restart_warmup_ratio)
-    return Stretch(done=steps * (call.round - call.first), total=steps * (call.rounds - call.first + 1), climb=climb)
-
-
-def _at_asked_rank(received: Received, node: Node) -> Plan:
-    """The node's plan, with so small a rank that its update has no more than the call's."""
-    call, plan = received.call, choose(received.call.plan, node).chosen
-    # What begins with a part of the base needs room to take it away again; what is sent a start does not. AdaLoRA always does.
-    room = 1 if received.adapter.factors and plan.method != "adalora" else plan.update_rank / plan.lora.r
-    rank = max(1, min(plan.lora.r, int(call.r / room)))
-    return plan if rank == plan.lora.r else plan.model_copy(update={"lora": plan.lora.with_rank(rank)})
-
-
-def _with_what_stayed(trained: Adapter, start: Adapter, r: int) -> Adapter:
-    """The trained directions and, up to ``r``, those of the start that stayed frozen because a module's own rank is smaller.
-
-    The rule counts a node's change from the leading ``r`` directions; these did not change.
-    """
-    factors = dict(trained.factors)
-    for module, pair in trained.factors.items():
-        if module in start.factors:
-            stayed = split(split(start.factors[module], r)[0], pair.r)[1]
-            factors[module] = lora.beside((1.0, pair), (1.0, stayed)) if stayed.r else pair
-    return Adapter(factors, trained.dense)
-
-
 def _same_base(call: Call) -> Base:
     base = find(call.plan.base_model)
     if call.manifest and call.manifest.base_digest != base.digest:
@@ -434,19 +353,3 @@ def _same_base(call: Call) -> Base:
             f"the federation trains base {call.manifest.base_digest[:12]}, {base.folder} is {base.digest[:12]}"
         )
     return base
-
-
-def _own_labels(rows: Sequence[Row], plan: Plan) -> frozenset[int] | None:
-    """Rows of the head that this node has labels for; None where it has all of them, or there is no head."""
-    own = frozenset(row.label for row in rows if isinstance(row, LabelledText))
-    return own if 0 < len(own) < len(plan.data.labels or ()) else None
-
-
-def _trained_rows(adapter: Adapter, own: frozenset[int] | None, head: frozenset[str], plan: Plan) -> dict[str, Array]:
-    count = len(plan.data.labels or ())
-    if own is None:
-        return {}
-    mask = np.zeros(count, dtype=bool)
-    mask[sorted(own)] = True
-    shapes = {name: tensor.shape for name, tensor in adapter.dense.items() if name in head}
-    return dict.fromkeys(last_layer(shapes, count), mask)

@@ -6,6 +6,7 @@
     │   ├── DataError              a data file or a row of it
     │   ├── ModelError             a base model that is missing or cannot do what was asked
     │   ├── HardwareError          a plan that does not fit this machine
+    │   │   └── NotNowError        a device that could, but not at this moment
     │   ├── DivergenceError        a training whose loss left all bounds, twice
     │   ├── PrivacyError           a promise of privacy that cannot be kept
     │   │   └── BudgetSpentError   one more release would be more than the privacy budget allows
@@ -82,6 +83,12 @@ class HardwareError(UserError):
     """A plan that does not fit this machine's memory, however it is made smaller."""
 
     code = "hardware"
+
+
+class NotNowError(HardwareError):
+    """A device that could, but not at this moment: its battery is low. It may be asked again later."""
+
+    code = "not-now"
 
 
 class DivergenceError(UserError):

@@ -107,8 +107,8 @@ def check_release(folder: Path, trusted: Iterable[Ed25519PublicKey]) -> Checked:
             signed = _Signed.model_validate_json(file.read(_LONGEST))
     except OSError as error:
         raise AdapterError(
-            f"{folder / SIGNATURE}: {error.strerror or error}; a coordinator with a key (trust.identity) releases adapters with "
-            "it, so get the adapter from there"
+            f"{folder / SIGNATURE}: {error.strerror or error}; a coordinator with a key (trust.identity) releases adapters "
+            "with it, so get the adapter from there"
         ) from None
     except ValidationError:
         raise AdapterError(f"{folder / SIGNATURE}: is no signature of a release; get the adapter anew") from None

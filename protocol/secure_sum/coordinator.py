@@ -27,7 +27,6 @@ from protocol.secure_sum.secret_sharing import SHARE_BYTES, recovered
 from protocol.secure_sum.terms import Terms
 from protocol.signature import verify
 
-
 # Without whose shares a secret is looked for: every two of 31 holders, every one of more. A node that has split another secret
 # than it has committed to costs no more than that.
 _MOST_TRIED = 512

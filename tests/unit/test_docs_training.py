@@ -17,7 +17,16 @@ from strategies.job import Job
 TEXT = (Path(__file__).parent.parent.parent / "docs" / "training.md").read_text()
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # They are shown where they belong: federations, several processes, in place of another.
-ELSEWHERE = {"max_steps", "warmup_steps", "restart_warmup_ratio", "proximal_mu", "fsdp", "fsdp_config", "deepspeed"}
+ELSEWHERE = {
+    "max_steps",
+    "warmup_steps",
+    "restart_warmup_ratio",
+    "proximal_mu",
+    "fsdp",
+    "fsdp_config",
+    "deepspeed",
+    "example_privacy",
+}
 
 
 def blocks(language):
