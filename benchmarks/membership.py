@@ -4,9 +4,9 @@
 
 Two tasks: `tiny` learns codes that nothing but the row tells (decoder), a MiniLM encoder learns CLINC150's labels. Of a pool of
 rows each of several models learns a random half. Two attacks guess which: the row's loss alone (Yeom et al. 2018,
-arXiv:1709.01604), and its likelihood among the losses of the other models that had the row and of those that had not (LiRA,
-Carlini et al. 2022, arXiv:2112.03570, one variance for all rows). Area under the curve over all models' rows, with 95 % by a
-bootstrap over rows.
+arXiv:1709.01604), and how much likelier the model finds it than models that have not had the row (Watson et al. 2022,
+arXiv:2111.08440, in the logits of Carlini et al. 2022, arXiv:2112.03570). Area under the curve over all models' rows,
+with 95 % by a bootstrap over rows.
 
 Canaries: one training of the very steps, of a linear model in which every row has a weight of its own, the most that DP-SGD can
 tell of a row. Each canary took part by a coin; how many of the surest guesses are right bounds epsilon from below (Steinke et
@@ -195,20 +195,19 @@ def losses(plan: Plan, base: Base, adapter: Any, rows: Sequence[Row]) -> Numbers
     return np.array(made)
 
 
-def surer(found: Numbers, took_part: NDArray[np.bool_]) -> Numbers:
-    """LiRA's score of every model's rows, ``(models, rows)``: the others are its shadows; one variance for in, one for out."""
+def calibrated(found: Numbers, took_part: NDArray[np.bool_]) -> Numbers:
+    """``(models, rows)``: by how much each model finds a row likelier than those models do on average that have not had it.
+
+    Without anything to be told its area is a half, also where few models are held against each other: which of them had a row
+    shifts no mean. (A ratio of two fitted likelihoods is not so: of the side with fewer models the mean is worse, and in
+    halves that are balanced row by row the side tells who took part.)
+    """
     confidence = np.exp(-np.clip(found, 1e-6, 30.0))
     logit = np.log(confidence) - np.log1p(-confidence)
     scores = np.zeros_like(logit)
     for target in range(len(logit)):
-        others = np.arange(len(logit)) != target
-        log_likelihood = []
-        for side in (True, False):
-            there = (took_part[others] == side).astype(float)
-            mean = (logit[others] * there).sum(0) / there.sum(0)
-            std = math.sqrt(float((there * (logit[others] - mean) ** 2).sum() / there.sum()) + 1e-6)
-            log_likelihood.append(stats.norm.logpdf(logit[target], mean, std))
-        scores[target] = log_likelihood[0] - log_likelihood[1]
+        without = ~took_part & (np.arange(len(logit)) != target)[:, None]
+        scores[target] = logit[target] - (logit * without).sum(0) / without.sum(0)
     return scores
 
 
@@ -255,7 +254,7 @@ def attacked(task: tuple[Plan, Base, list[Row], list[Row]], epsilon: float | Non
         "epsilon": epsilon,
         "noise_multiplier": multiplier,
         "by_loss": with_limits(-by_row, took_part),
-        "by_lira": with_limits(surer(by_row, took_part), took_part),
+        "by_others": with_limits(calibrated(by_row, took_part), took_part),
         leading: float(np.mean([one[leading] for one in figures])),
         "seconds": time.perf_counter() - begun,
     }
@@ -280,7 +279,7 @@ def main() -> None:
             one = attacked(task, epsilon)
             summary[name].append(one)
             areas = [
-                f"{kind[3:]} {one[kind][0]:.3f} [{one[kind][1]:.3f}, {one[kind][2]:.3f}]" for kind in ("by_loss", "by_lira")
+                f"{kind[3:]} {one[kind][0]:.3f} [{one[kind][1]:.3f}, {one[kind][2]:.3f}]" for kind in ("by_loss", "by_others")
             ]
             cost = [f"{key} {one[key]:.3f}" for key in ("accuracy", "loss") if key in one]
             settled = f"epsilon {epsilon or 'none':>4}  z {one['noise_multiplier']:.2f}"

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from dp_accounting import dp_event, rdp
 from scipy import stats
+from typer.testing import CliRunner
 
 from benchmarks.membership import audit, least_epsilon
+from fedge import app
 from protocol.configuration import parse
 from protocol.errors import ConfigurationError, ModelError, PrivacyError
 from protocol.plan import Plan
@@ -326,6 +328,17 @@ def test_what_would_break_the_promise_is_refused_all_at_once():
     told = problems_of({"data": data, "training": {"example_privacy": {"epsilon": 8}}})
     assert "data.tasks draws rows several times" in told
     assert "data.replay draws rows several times" in told
+
+
+def test_the_planner_leaves_out_what_a_private_training_goes_without(monkeypatch, tmp_path):
+    """A T4 has no bfloat16, where fp16 would be the default; checkpoints and evaluations are elsewhere."""
+    monkeypatch.setenv("FEDGE_CACHE", str(tmp_path))
+    facts = ["--base-model", "tiny", "--profile", "t4", "--task", "kind=generation", "--task", "rows=2000"]
+    told = CliRunner().invoke(app, ["plan", *facts, "--wish", "training.example_privacy.epsilon=8", "--json"])
+    (plan,) = json.loads(told.stdout)["chosen"]["stages"]
+    training = Plan.model_validate(plan).training
+    assert training.example_privacy.epsilon == 8
+    assert (training.save_steps, training.eval_steps, training.mixed_precision) == (None, None, "fp32")
 
 
 @pytest.mark.parametrize("objective", ["pretraining", "distillation", "dpo", "kto", "reward", "rl"])
