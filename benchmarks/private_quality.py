@@ -18,7 +18,7 @@ import argparse
 import json
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -140,9 +140,9 @@ class Choice:
 
 _SERVER = {math.inf: 1.0, 8.0: 1.0, 4.0: 1.0, 1.0: 0.5}
 CHOICES: Mapping[str, Choice] = {
-    "joint": Choice("product-delta", 3.2e-2, 1.0, {**_SERVER, 4.0: 0.5, 1.0: 0.25}),
     "alternating": Choice("rolora", 6.4e-2, 2.0, _SERVER),
     "common rank": Choice("fedavg", 6.4e-2, 2.0, _SERVER),
+    "joint": Choice("product-delta", 3.2e-2, 1.0, _SERVER),
 }
 
 
@@ -248,7 +248,10 @@ def secure(data: Path, seeds: Sequence[int], results: Results) -> dict[str, floa
     """Excess loss in the open and through secure sums, means over seeds."""
     cohort = Cohort(data, OPEN)
     settings = AggregationSettings(rule="product-delta", rank_cap=RANK_CAP)
-    rules = {"open": lambda: make(settings), "secure": lambda: SecurelySummed(make(settings), "product-delta")}
+    rules: dict[str, Callable[[], Rule]] = {
+        "open": lambda: make(settings),
+        "secure": lambda: SecurelySummed(make(settings), "product-delta"),
+    }
     found: dict[str, list[float]] = {name: [] for name in rules}
     for seed in seeds:
         run = {"part": "secure", "seed": seed}
