@@ -259,8 +259,8 @@ class Policy(Strict):
         yield from _at_most("rounds", max(call.rounds, call.round), self.rounds)
         yield from self._work(plan)
         yield from _at_most("learning_rate", max(plan.training.learning_rate, plan.head.learning_rate or 0), self.learning_rate)
-        if plan.method in ON_THE_BASE and not self.whole_model:
-            yield Refusal("whole_model", f"method {plan.method}", "only what trains beside the base")
+        if not self.whole_model and (asked := _of_the_base(plan)):
+            yield Refusal("whole_model", asked, "only what trains beside the base")
 
     def _work(self, plan: Plan) -> Iterator[Refusal]:
         steps, epochs = plan.training.max_steps, plan.training.num_train_epochs
@@ -373,6 +373,15 @@ def read_policy(path: Path | None) -> Policy:
         ConfigurationError: Every problem and contradiction of the file.
     """
     return Policy() if path is None else load(path, Policy)
+
+
+def _of_the_base(plan: Plan) -> str:
+    """What a plan trains of the base's own weights; empty where it trains beside them alone."""
+    if plan.method in ON_THE_BASE:
+        return f"method {plan.method}"
+    if plan.method == "experts" and plan.experts.train != "experts":
+        return f"experts.train {plan.experts.train}"
+    return f"lora.modules_to_save {_listed(plan.lora.modules_to_save[:5])}" if plan.lora.modules_to_save else ""
 
 
 def _raise(found: Iterable[Refusal]) -> None:

@@ -35,6 +35,7 @@ _PURPOSE = "audit-line"
 _EVENT = r"[a-z][a-z-]{0,39}"
 _LONGEST_TEXT, _MOST_FACTS = 200, 1000
 _OWNER_ONLY = 0o600
+_LAST_TIME = 2**37  # in the year 6325, which every calendar has
 
 
 @dataclass(frozen=True)
@@ -241,9 +242,21 @@ def _parsed(raw: bytes, number: int, last: str) -> Line | None:
         again = _told(body, digest, signature)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
-    if again != raw or body["n"] != number or body["previous"] != last:
+    if again != raw or body["n"] != number or body["previous"] != last or not _printable(body):
         return None
     return Line(number, body["time"], body["event"], body["facts"], digest, signature)
+
+
+def _printable(body: Mapping[str, Any]) -> bool:
+    """Whether a line, which anybody can chain, is of the types that are shown to people: a word, a time, facts."""
+    word, when = body["event"], body["time"]
+    return (
+        isinstance(word, str)
+        and bool(re.fullmatch(_EVENT, word))
+        and isinstance(when, int | float)
+        and 0 <= when < _LAST_TIME
+        and isinstance(body["facts"], dict)
+    )
 
 
 def _line(body: Mapping[str, Any], key: Ed25519PrivateKey | None) -> tuple[bytes, str]:

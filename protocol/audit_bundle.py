@@ -86,11 +86,17 @@ def verify_bundle(folder: Path, trusted: Collection[Ed25519PublicKey] | None, ex
     return report
 
 
-def without_figures(event: Mapping[str, object]) -> dict[str, object]:
-    """One line of ``events.jsonl`` as an auditor may read it: who and when, without measures, sizes and reasons in words."""
+def without_figures(event: Mapping[str, object], *, secret: bool) -> dict[str, object]:
+    """One line of ``events.jsonl`` as an auditor may read it: who and when, without measures, sizes and reasons in words.
+
+    Args:
+        event: As it is kept.
+        secret: Who was drawn for a round is nobody's to know; it is said of how many.
+    """
     names = ("accepted", "members", "dropped", "refused", "silent", "paused")
     told = {key: event[key] for key in ("time", "event", "round", "node", "adapter", "method", "r", "stage") if event.get(key)}
-    return told | {key: sorted(found) for key in names if isinstance(found := event.get(key), list | tuple | dict) and found}
+    lists = {key: sorted(found) for key in names if isinstance(found := event.get(key), list | tuple | dict) and found}
+    return told | {key: len(found) if secret else found for key, found in lists.items()}
 
 
 def lines(events: list[dict[str, object]]) -> bytes:

@@ -30,18 +30,35 @@ def read_yaml(path: Path) -> Any:
     Raises:
         ConfigurationError: Missing or unreadable file, or broken YAML (with its line).
     """
+    return from_yaml(read_text(path), path)
+
+
+def read_text(path: Path) -> str:
+    """The letters of a file that somebody wrote.
+
+    Raises:
+        ConfigurationError: Missing or unreadable file.
+    """
     try:
         with path.open(encoding="utf-8") as file:
             text = file.read(_MOST_LETTERS + 1)
-        if len(text) > _MOST_LETTERS:
-            raise ConfigurationError(str(path), [f"over {_MOST_LETTERS} letters long; expected a file that somebody wrote"])
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    except ConfigurationError:
-        raise
     except FileNotFoundError:
         raise ConfigurationError(str(path), ["no such file; give the path of a YAML file"]) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(str(path), [f"not readable as UTF-8 text ({type(error).__name__})"]) from None
+    if len(text) > _MOST_LETTERS:
+        raise ConfigurationError(str(path), [f"over {_MOST_LETTERS} letters long; expected a file that somebody wrote"])
+    return text
+
+
+def from_yaml(text: str, path: Path) -> Any:
+    """What letters of a file say as YAML.
+
+    Raises:
+        ConfigurationError: Broken YAML (with its line).
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 0
         raise ConfigurationError(str(path), [f"line {line}: broken YAML: {shown(str(error.problem))}"]) from None

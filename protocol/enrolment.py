@@ -9,16 +9,18 @@ A revoked key stays in the list: it is known and refused whatever the clock says
 under its name until the entry is replaced. Two entries of one role let a new key be trusted before the old one is dropped.
 """
 
+import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import date
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
-from protocol.configuration import read_yaml
+from protocol.configuration import from_yaml, read_text
 from protocol.errors import ConfigurationError, SignatureError, shown
 from protocol.signature import key_id, read_public
 from protocol.strict import Strict
@@ -33,6 +35,14 @@ class Entry(Strict):
     key: str = Field(max_length=1000)
     role: Role = "node"
     revoked: date | None = None
+
+    @field_validator("revoked", mode="before")
+    @classmethod
+    def _a_day(cls, found: Any) -> Any:
+        """Whoever has written the word means it, also where the day is missing."""
+        if found is None:
+            raise ValueError("expected a day such as 2026-11-22; leave the word out of a key that counts")
+        return found
 
 
 @dataclass(frozen=True)
@@ -86,7 +96,12 @@ def read_enrolment(path: Path) -> Enrolment:
     Raises:
         ConfigurationError: Every line that is no name with a public Ed25519 key of its own, a role and a date.
     """
-    content = read_yaml(path)
+    return _read(path, read_text(path))
+
+
+@lru_cache(maxsize=4)  # it is asked for with every message, and YAML takes a quarter of a millisecond a name
+def _read(path: Path, text: str) -> Enrolment:
+    content = from_yaml(text, path)
     if not isinstance(content, dict) or not content:
         raise ConfigurationError(str(path), ["holds no name; expected lines such as bank: ssh-ed25519 AAAA..."])
     keys: dict[Role, dict[str, Ed25519PublicKey]] = {"node": {}, "coordinator": {}, "auditor": {}}
@@ -96,7 +111,7 @@ def read_enrolment(path: Path) -> Enrolment:
     for name, said in content.items():
         told = shown(str(name), 80)
         try:
-            entry = Entry.model_validate(said if isinstance(said, dict) else {"key": str(said)})
+            entry = Entry.model_validate(said if isinstance(said, dict) else {"key": said})
             key = read_public(entry.key.encode(), path, told)
         except ValidationError as error:
             problems += [f"{told}: {problem}" for problem in _lines(error)]
@@ -106,6 +121,8 @@ def read_enrolment(path: Path) -> Enrolment:
             continue
         if not (isinstance(name, str) and name.isprintable() and 0 < len(name) <= 80):
             problems.append(f"{told!r}: expected a name of 1 to 80 letters that can be printed")
+        elif unicodedata.normalize("NFC", name).strip() != name:  # it would look like another one
+            problems.append(f"{told!r}: expected a name in composed letters (NFC), without blanks around it")
         # Who signs as two nodes is two of the three that a sum takes; and what was revoked comes back under no other name.
         elif (owner := owners.setdefault(key_id(key), name)) != name:
             problems.append(f"{told}: has the key of {owner}; everybody makes an own one")
@@ -121,5 +138,5 @@ def read_enrolment(path: Path) -> Enrolment:
 def _lines(error: ValidationError) -> Iterator[str]:
     for problem in error.errors(include_url=False):
         key: Any = problem["loc"][0] if problem["loc"] else ""
-        known = ", ".join(Entry.model_fields)
-        yield f"{shown(str(key), 80)}: {problem['msg'][:1].lower()}{problem['msg'][1:]}; known are {known}"
+        known, why = ", ".join(Entry.model_fields), problem["msg"].removeprefix("Value error, ")
+        yield f"{shown(str(key), 80)}: {why[:1].lower()}{why[1:]}; known are {known}"

@@ -24,7 +24,7 @@ RULES: Mapping[str, str] = {
     "masking": "personal data that must be masked, by the plan or by this node's data_policy; all: every kind",
     "reward_functions": "whether plans may call the functions that the node's settings list",
     "endpoints": "whether plans may send prompts to the endpoints that the node's settings list",
-    "whole_model": "whether plans may train the base itself: full, freezing, bitfit",
+    "whole_model": "whether plans may train the base itself: full, freezing, bitfit, lora.modules_to_save, routers of experts",
     "minimum_nodes": "updates without which the federation merges nothing, at least so many",
     "secure_sum": "updates leave into secure sums alone",
     "fewest_summed": "how many nodes a sum hides it among at least",

@@ -45,7 +45,10 @@ class SecureSumSettings(Strict):
         None, le=2**15, description="directions of a sum that come back, for each module; twice aggregation.rank_cap"
     )
     neighbours: NonNegativeInt = Field(
-        0, le=1024, description="with how many others each node shares masks and secrets, an even number; 0 = with all"
+        0,
+        le=1024,
+        description="with how many others each node shares masks and secrets, an even number; 0 = with all, the only number that "
+        "holds against a coordinator that lies about who is there",
     )
     share: float = Field(
         2 / 3, gt=0.5, le=1, description="part of the nodes, and of each one's neighbours, without which there is no sum"
@@ -100,3 +103,8 @@ class PrivacySettings(Strict):
     ledger: Path | None = Field(
         None, description="what was spent, written before each release; privacy.jsonl in output. Keep it as long as the data"
     )
+
+    @property
+    def secret(self) -> bool:
+        """The promise counts on nobody knowing who was drawn."""
+        return self.enabled and self.sampling != "all"

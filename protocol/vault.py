@@ -128,9 +128,12 @@ def read_key_file(path: Path, passphrase: str | None = None) -> bytes:
     told, _, sealed = content.rpartition(" ")
     found = re.fullmatch(rf"{_KEY_WORD} scrypt (\d{{1,2}}) (\d{{1,2}}) (\d{{1,2}}) ([A-Za-z0-9+/]{{43}}=)", told)
     if not found:
-        raise VaultError(f"{path}: no key; expected a line as fedge vault keygen --passphrase writes it")
+        raise VaultError(f"{path}: no key; expected a line as fedge vault keygen --passphrase-env writes it")
     if not passphrase:
-        raise VaultError(f"{path}: is under a passphrase; name the environment variable that holds it (vault_passphrase_env)")
+        raise VaultError(
+            f"{path}: is under a passphrase; name the environment variable that holds it "
+            "(--passphrase-env, in a node's settings vault_passphrase_env)"
+        )
     log_n, r, p = map(int, found.groups()[:3])
     derived = _derived(passphrase, base64.b64decode(found[4]), Cost(log_n, r, p))
     try:
@@ -406,6 +409,8 @@ def _private(member: tarfile.TarInfo, place: str) -> tarfile.TarInfo:
 
 @contextmanager
 def _existing(path: Path) -> Iterator[IO[bytes]]:
+    if path.exists() and not path.is_file():  # reading a pipe would wait for whoever writes into it
+        raise VaultError(f"{path}: cannot be read (no ordinary file); name a sealed file")
     try:
         file = path.open("rb")
     except OSError as error:

@@ -42,6 +42,12 @@ def seal(
     target = target or folder.with_name(f"{folder.name}{SUFFIX}")
     if not folder.exists() or target.exists():
         raise VaultError(f"{folder}: no such folder" if not folder.exists() else f"{target}: is there already; name another")
+    for path, what in (
+        (key, "the key would be sealed with itself, and opens nothing any more once the folder is wiped"),
+        (target, "the sealed file would be a part of itself"),
+    ):
+        if path.resolve().is_relative_to(folder):
+            raise VaultError(f"{path}: lies in {folder}: {what}; name a place outside")
     Vault.at(key, passphrase_env).pack(folder, target, {"kind": "folder", "name": folder.name})
     typer.echo(f"{target}: sealed; {folder} is still there")
 

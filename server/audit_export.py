@@ -42,7 +42,9 @@ def export_for_auditor(
     log, own = federation.at_rest.audit or folder / FILE, federation.trust.identity
     AuditLog(log, read_private(own) if own else None).write("exported-log", federation=federation.name)
     report = verify(log)
-    files = {FILE: log.read_bytes(), EVENTS: lines([without_figures(e.model_dump(mode="json")) for e in read_events(folder)])}
+    secret = federation.privacy.secret
+    events = [without_figures(event.model_dump(mode="json"), secret=secret) for event in read_events(folder)]
+    files = {FILE: log.read_bytes(), EVENTS: lines(events)}
     if (spent := federation.privacy.ledger or folder / PRIVACY).exists():
         files[PRIVACY] = spent.read_bytes()
     if vault is None:

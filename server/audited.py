@@ -42,6 +42,7 @@ class Audited:
         self._waiting: list[tuple[str, dict[str, Any]]] = []
         self._log: AuditLog | None = None
         self._about = {"federation": federation.name}
+        self._secret = federation.privacy.secret
         if federation.at_rest.audit or federation.trust.identity:
             self.open()
 
@@ -80,12 +81,11 @@ class Audited:
         self._write("asked", round=number, attempt=attempt, nodes=nodes)
 
     def answered(self, number: int, adapter: str, done: Any) -> None:
-        """What became of those who were asked (``server.training_round.Trained``)."""
+        """What became of those who were asked (``server.training_round.Trained``); of a secret draw, of how many."""
         told = {kind: {n: code_of(why) for n, why in getattr(done, kind).items()} for kind in ("refused", "silent", "paused")}
         names = {"accepted": sorted(done.accepted), "dropped": sorted(done.dropped)}
-        self._write(
-            "answered", round=number, adapter=adapter, **{kind: what for kind, what in {**names, **told}.items() if what}
-        )
+        facts = {kind: len(what) if self._secret else what for kind, what in {**names, **told}.items() if what}
+        self._write("answered", round=number, adapter=adapter, **facts)
 
     def released(self, number: int, adapter: str, digest: str, epsilon: float | None) -> None:
         """A global adapter, which from here on leaves."""

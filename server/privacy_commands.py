@@ -81,7 +81,7 @@ def budget(
     if noise_multiplier is None and epsilon is None:
         problems.append("--noise-multiplier and --epsilon: both missing; name the noise, or the budget that it is to reach")
     if problems or rounds is None or people is None:
-        raise ConfigurationError("command line", problems)
+        raise ConfigurationError("command line", problems + _unpromised(federation, said))
     number, everybody = rounds, people
     own = nodes_noise if nodes_noise is not None else bool(said.get("secure"))
     sums, votes = releases or said.get("releases", 1), said.get("votes", lambda z: None)
@@ -108,7 +108,7 @@ def budget(
     if as_json:
         typer.echo(json.dumps(told))
     else:
-        typer.echo("\n".join(_lines(told)))
+        typer.echo("\n".join((*_heading(said), *_lines(told))))
 
 
 def _said(file: Path | None) -> dict[str, Any]:
@@ -118,10 +118,15 @@ def _said(file: Path | None) -> dict[str, Any]:
     from protocol.configuration import load
     from protocol.federation import Federation
     from protocol.privacy_settings import SUMMED
+    from server.ledger import ENDED, ROUNDS
 
     found = load(file, Federation)
+    rounds, output = max(len(plans) for plans in found.schedules().values()), found.output
+    ended, kept = (output / ENDED).exists(), len(list((output / ROUNDS).glob("[0-9]*")))
     said = {
-        "rounds": max(len(plans) for plans in found.schedules().values()),
+        "rounds": rounds if ended else max(rounds - kept, 1),
+        "kept": kept,
+        "ended": ended,
         "cohort": found.rounds.cohort,
         "nodes": found.rounds.minimum_nodes,
         "releases": 2 if SUMMED.get(found.aggregation.rule) == "products" else 1,
@@ -182,6 +187,19 @@ def _cost(mechanism: "Mechanism", rounds: int, spent: "Rounds", delta: float) ->
         "spent": cost(spent, delta),
         "curve": [{"round": mark, "epsilon": cost(_together(spent, mechanism, mark), delta)} for mark in marks],
     }
+
+
+def _unpromised(file: Path | None, said: Mapping[str, Any]) -> list[str]:
+    if file is None or "epsilon" in said:
+        return []
+    return [f"{file}: promises nothing, for it has no privacy section with enabled: true"]
+
+
+def _heading(said: Mapping[str, Any]) -> Iterator[str]:
+    if said.get("ended"):
+        yield "every round is done; what one more run over the same data costs:"
+    elif said.get("kept"):
+        yield f"{said['kept']} rounds are kept; what is left costs:"
 
 
 def _lines(told: Mapping[str, Any]) -> Iterator[str]:

@@ -157,8 +157,8 @@ def admit(address: str, folder: Path, say: Callable[[str], None]) -> None:
             for key, name in wanted.items():
                 if key not in there:
                     try:
-                        client.RegisterNode(RegisterNodeRequest(public_key=key, name=name))
-                        say(f"admitted: {shown(name, 80)}")
+                        made = client.RegisterNode(RegisterNodeRequest(public_key=key, name=name))
+                        say(f"admitted: {shown(name, 80)}, as node-{made.node_id}")
                     except (httpx.HTTPStatusError, FlowerError):
                         say(f"not admitted: {shown(name, 80)}: this SuperLink has seen its key go; it must make a new one")
     except (httpx.HTTPError, FlowerError) as error:

@@ -15,6 +15,7 @@ from protocol.trust_settings import TrustSettings
 log = logging.getLogger("flwr")
 # Nanoseconds that are kept ahead of those in use: a file is written every 18 minutes, and not for every message.
 _AHEAD = 2**40
+_MOST = 2**62  # nanoseconds in the year 2116; what travels ends at 2^63
 
 
 class Trust:
@@ -100,11 +101,14 @@ class Numbers:
 
     def _read(self) -> int:
         try:
-            return int(self._file.read_text(encoding="ascii"))
+            found = int(self._file.read_text(encoding="ascii"))
         except FileNotFoundError:
             return 0
         except (OSError, ValueError):
+            found = -1
+        if not 0 <= found < _MOST:
             raise FederationError(
-                f"{self._file}: expected a number; without it messages may look old to nodes. Delete it if this machine's "
-                "clock has never gone back"
-            ) from None
+                f"{self._file}: expected a number below 2^62; without it messages may look old to nodes. Delete it if this "
+                "machine's clock has never gone back"
+            )
+        return found

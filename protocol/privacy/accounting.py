@@ -44,6 +44,8 @@ Sampling = Literal["all", "poisson", "fixed"]
 Accountant = Literal["rdp", "pld"]
 # Beyond it an epsilon promises nothing, and the distribution of so large a loss only fills the memory.
 _LARGEST_BY_PLD = 50.0
+_MOST_EPSILON = 1e3
+_LEAST_NOISE = 1e-6  # below it, as above its inverse squared, squares leave the range of floats
 _MOST_ROUNDS = 1_000_000
 _MOST_NOISE = 1024.0  # for what is left of a budget: beyond it nothing of a sum is seen
 # To which a multiplier is searched: a look into tables takes seconds.
@@ -75,9 +77,12 @@ class Mechanism:
 
     def __post_init__(self) -> None:
         problems = []
-        if not self.noise_multipliers or not all(0 < z < math.inf for z in self.noise_multipliers):
+        if not self.noise_multipliers or not all(_LEAST_NOISE <= z < 1 / _LEAST_NOISE**2 for z in self.noise_multipliers):
             told = ", ".join(f"{z:g}" for z in self.noise_multipliers) or "none"
-            problems.append(f"noise_multipliers: found {told}; expected positive numbers, one for each release of a round")
+            problems.append(
+                f"noise_multipliers: found {told}; expected positive numbers, {_LEAST_NOISE:g} at least, one for each release "
+                "of a round"
+            )
         if self.nodes < 1 or not 1 <= self.cohort <= self.nodes:
             problems.append(
                 f"cohort: found {self.cohort} of {self.nodes} nodes; expected 1 to all of them, a sampling rate of at most 1"
@@ -120,15 +125,17 @@ class Budget:
     """What may be spent: whatever is released is at most ``exp(epsilon)`` times as likely with a node, but for ``delta``.
 
     Raises:
-        PrivacyError: Not a positive epsilon, or a delta that is no probability.
+        PrivacyError: Not a positive epsilon of at most 1000, or a delta that is no probability.
     """
 
     epsilon: float
     delta: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.epsilon < math.inf:
-            raise PrivacyError(f"privacy: found an epsilon of {self.epsilon:g}; expected a positive number")
+        if not 0 < self.epsilon <= _MOST_EPSILON:  # far above, where nothing is promised, no search for the noise ends
+            raise PrivacyError(
+                f"privacy: found an epsilon of {self.epsilon:g}; expected a positive number, {_MOST_EPSILON:g} at most"
+            )
         _check_delta(self.delta, 1)
 
 

@@ -22,7 +22,7 @@ from pydantic import PositiveInt, TypeAdapter, ValidationError
 
 from protocol.durable import to_disk
 from protocol.errors import PrivacyError, shown
-from protocol.privacy.accounting import Budget, Mechanism, Rounds, counted, epsilon
+from protocol.privacy.accounting import Budget, Mechanism, Rounds, epsilon
 
 FILE = "privacy.jsonl"
 _BEGINNING = "0" * 64
@@ -75,7 +75,10 @@ class PrivacyLedger:
 
     def spent(self) -> dict[Mechanism, int]:
         """How often each kind of round is counted."""
-        return counted(entry.mechanism for entry in self._entries for _ in range(entry.times))
+        found: dict[Mechanism, int] = {}
+        for entry in self._entries:
+            found[entry.mechanism] = found.get(entry.mechanism, 0) + entry.times
+        return found
 
     def epsilon(self) -> float:
         """What is spent, at the budget's delta."""

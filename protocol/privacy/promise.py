@@ -12,6 +12,7 @@ from protocol.secure_sum.fixed_point import Words
 from protocol.secure_sum.terms import Terms
 
 _Positive = Annotated[float, Field(gt=0, le=1e9)]
+_Noise = Annotated[float, Field(ge=1e-6, le=1e9)]  # whose square is still a number
 _VOTE = 0.5  # what a node adds to the sum of votes, or takes from it (protocol.privacy.clipping.AdaptiveNorm)
 
 
@@ -32,10 +33,10 @@ class Promise(BaseModel):
     epsilon: _Positive
     delta: float = Field(gt=0, lt=1)
     clipping_norm: float = Field(ge=1e-12, le=1e6)
-    noise_multiplier: _Positive
+    noise_multiplier: _Noise
     noise: Literal["coordinator", "nodes"]
     colluders: int = Field(0, ge=0, le=2**20)
-    bit_noise: _Positive | None = None
+    bit_noise: _Noise | None = None
 
     def votes(self, phase: int) -> int:
         """Entries at the end of a phase's vector that are votes: one, or none."""

@@ -368,3 +368,16 @@ def test_folders_are_sealed_opened_and_wiped_by_hand(tmp_path, monkeypatch):
     again = call("vault", "open", tmp_path / "adapter.sealed", "--key", tmp_path / "key", "--to", tmp_path)
     assert isinstance(again.exception, VaultError)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "adapter.sealed", "key"]
+
+
+def test_a_key_that_would_be_sealed_with_itself_is_refused(tmp_path):
+    """A wipe of the folder afterwards would have taken the only key with it."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    make_key_file(folder / "key")
+    make_key_file(tmp_path / "other")
+    for words in (["--key", folder / "key"], ["--key", tmp_path / "other", "--to", folder / "run.sealed"]):
+        found = CliRunner().invoke(app, ["vault", "seal", str(folder), *map(str, words)])
+        assert isinstance(found.exception, VaultError)
+    assert [path.name for path in folder.iterdir()] == ["key"]
+    assert not (tmp_path / "run.sealed").exists()

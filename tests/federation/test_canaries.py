@@ -172,10 +172,15 @@ def federation_of(folder, plan=None, **more):
     return Federation.model_validate(content | more)
 
 
+def _slow(*values):
+    """What another default case says of another route."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 # Everything goes well -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("signed", [False, True], ids=["unsigned", "signed"])
+@pytest.mark.parametrize("signed", [_slow(False), True], ids=["unsigned", "signed"])
 def test_rows_paths_and_settings_of_nodes_that_train_and_measure_are_in_nothing(signed, spied, tmp_path):
     nodes = [node_of(tmp_path, name) for name in ("bank", "masks")]
     federation = federation_of(tmp_path, {"forgetting": {"max_rise": 5.0}}, trust={"signed": signed})
@@ -188,7 +193,7 @@ def test_rows_paths_and_settings_of_nodes_that_train_and_measure_are_in_nothing(
 @pytest.mark.parametrize(
     ("row", "plan"),
     [
-        (pair, {"objective": "dpo"}),
+        _slow(pair, {"objective": "dpo"}),
         (labelled, {"objective": "classification", "data": {"labels": ["a", "b", "nobody"], "max_length": 48}}),
     ],
     ids=["dpo", "classification"],
@@ -209,7 +214,7 @@ def test_secure_sums_tell_nothing(spied, tmp_path):
     nothing_is_told(federation, spied, nodes, outcome)
 
 
-@pytest.mark.parametrize("secure", [False, True], ids=["open", "secure"])
+@pytest.mark.parametrize("secure", [_slow(False), True], ids=["open", "secure"])
 def test_rounds_with_noise_and_their_ledger_tell_nothing(secure, spied, tmp_path):
     nodes = [node_of(tmp_path, name) for name in ("bank", "clinic", "court")]
     privacy = {"enabled": True, "epsilon": 1000.0, "delta": 1e-5, "evaluate": True} | ({"noise": "nodes"} if secure else {})
@@ -295,11 +300,7 @@ def test_nodes_that_fail_at_any_message_say_nothing_but_a_code(kind, spied, tmp_
     nothing_is_told(federation, spied, nodes, outcome)
 
 
-def _slow(stage):
-    return pytest.param(stage, marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize("stage", [_slow("train"), "share", _slow("mask"), _slow("confirm"), "open"])
+@pytest.mark.parametrize("stage", [*(_slow(each) for each in ("train", "share", "mask", "confirm")), "open"])
 def test_a_node_that_fails_at_a_stage_of_a_secure_sum_says_nothing_but_a_code(stage, spied, tmp_path):
     nodes = [node_of(tmp_path, name) for name in ("bank", "clinic", "court", "school", "town")]
     done = []

@@ -18,12 +18,15 @@ from scipy import stats
 from summed_nodes import ENROLLED, Watched, make_app
 from typer.testing import CliRunner
 
+from protocol.audit import read
 from protocol.errors import BudgetSpentError, FederationError, PrivacyError
 from protocol.files import read_adapter
 from protocol.privacy.accounting import Budget, Mechanism, affordable, epsilon
 from protocol.privacy.ledger import FILE, PrivacyLedger
 from protocol.records import VECTOR, call_records, read_call, read_stage, read_vector, stage_records
 from protocol.secure_sum.stages import Next
+from protocol.signature import make_key, write_pair
+from server.audit_export import export_for_auditor
 from server.commands import coordinator
 from server.rounds import run
 
@@ -206,6 +209,19 @@ def test_a_cohort_of_a_fixed_size_is_drawn_from_all_institutions_there_or_not(tm
     sizes = [len(record.accepted) for record in outcome.rounds]
     assert min(sizes) >= 2
     assert max(sizes) <= 6
+
+
+def test_an_auditor_is_told_how_many_of_a_secret_cohort_and_not_who(tmp_path):
+    """He has the adapters as well, and towards whoever knows who was drawn a round costs what one without a draw does."""
+    privacy = WIDE | {"sampling": "fixed", "nodes": 12, "noise_multiplier": 4.0}
+    outcome = private(tmp_path, rule="ffa", privacy=privacy, rounds={"count": 2, "cohort": 6, "minimum_nodes": 3})
+    sizes = [len(record.accepted) for record in outcome.rounds]
+    (log,) = tmp_path.rglob("audit.jsonl")
+    assert [line.facts["accepted"] for line in read(log) if line.event == "answered"] == sizes
+    write_pair(tmp_path / "key", make_key())
+    export_for_auditor(log.parent, tmp_path / "bundle", tmp_path / "key", None, None)
+    events = [json.loads(line) for line in (tmp_path / "bundle" / "events.jsonl").read_text().splitlines()]
+    assert [event["accepted"] for event in events if event["event"] == "round"] == sizes
 
 
 # What it costs --------------------------------------------------------------------------------------------------------------

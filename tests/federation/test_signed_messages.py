@@ -393,9 +393,10 @@ def test_a_number_file_that_holds_none_is_told_and_numbers_grow_over_restarts(tm
         numbers = trust_module.Numbers(tmp_path / "issued")
         found += [numbers.next() for _ in range(4)]
     assert found == sorted(set(found))
-    (tmp_path / "issued").write_text("words")
-    with pytest.raises(FederationError, match="expected a number"):
-        trust_module.Numbers(tmp_path / "issued")
+    for odd in ("words", "-1", str(2**63)):
+        (tmp_path / "issued").write_text(odd)
+        with pytest.raises(FederationError, match="expected a number"):
+            trust_module.Numbers(tmp_path / "issued")
 
 
 # Released adapters ------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """A node's folder: keys that never leave, checks before anything starts, and a SuperNode that trusts nobody unasked."""
 
+import re
 import tomllib
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -174,6 +175,17 @@ def test_settings_that_do_not_fit_are_said_before_anything_starts(node: Path) ->
     assert "its key is enrolled as 'bank'" in str(found.exception)
 
 
+def test_a_bundle_on_the_command_line_makes_the_node_a_device(node: Path) -> None:
+    arguments = ["node", "run", str(node), "--superlink", "127.0.0.1:1", "--show", "--device", str(node / "bundle")]
+    found = CliRunner().invoke(app, arguments)
+    assert "device and device_key belong together" in str(found.exception)
+    found = CliRunner().invoke(app, [*arguments, "--device-key", str(node / "release.pub")])
+    assert found.exit_code == 0, found.output
+    told = tomllib.loads((node / "node.toml").read_text())
+    assert (told["device"], told["device-key"]) == (str(node / "bundle"), str(node / "release.pub"))
+    assert (told["tier"], told["train"]) == ("small", str(node / "rows.jsonl"))
+
+
 def test_settings_go_through_flower_s_file_unchanged(tmp_path: Path) -> None:
     settings = {"name": 'a "b" \\ c=d\té', "max_rank": 8, "trial": False, "limit": 0.5}
     credentials.write_node_config(tmp_path / "node.toml", settings)
@@ -190,3 +202,41 @@ def test_an_address_that_is_none_is_said(node: Path, address: str) -> None:
 def test_nobody_at_an_address_may_come_later(node: Path) -> None:
     assert credentials.greet("127.0.0.1:1", node) is None
     assert certificates.read_certificates(node / "ca.crt")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ("train: none.jsonl\n", r"train: .*none\.jsonl: no such file; paths are relative to"),
+        ("tasks: {fees: {train: none.jsonl}}\n", r"tasks\.fees\.train: .*no such file"),
+        ("train: rows.jsonl\npolicy: none.yaml\n", r"policy: .*no such file"),
+        ("train: rows.jsonl\nname: court\n", "its key is enrolled as 'bank'"),
+        ("train: rows.jsonl\ntier: huge\n", "tier: "),
+        ("train: rows.jsonl\npolicy: policy.yaml\n", "secret_sum: unknown key"),
+    ],
+)
+def test_a_check_looks_at_the_settings_and_what_they_name(node: Path, settings: str, said: str) -> None:
+    assert f"settings  {node / 'node.yaml'}" in CliRunner().invoke(app, ["node", "check", str(node)]).output
+    (node / "policy.yaml").write_text("secret_sum: true\n")
+    (node / "node.yaml").write_text(settings)
+    for arguments in (["check", str(node)], ["run", str(node), "--superlink", "127.0.0.1:1"]):
+        found = CliRunner().invoke(app, ["node", *arguments])
+        assert isinstance(found.exception, ConfigurationError)
+        assert re.search(said, str(found.exception))
+        assert "flower-supernode" not in found.output
+
+
+def test_the_key_of_a_vault_may_lie_on_another_disk(node: Path, tmp_path: Path) -> None:
+    (node / "vault.key").rename(tmp_path / "elsewhere.key")
+    run = ["node", "run", str(node), "--superlink", "127.0.0.1:1", "--show"]
+    assert "vault.key: is missing" in str(CliRunner().invoke(app, run).exception)
+    with (node / "node.yaml").open("a") as file:
+        file.write(f"vault: {tmp_path / 'elsewhere.key'}\n")
+    assert CliRunner().invoke(app, run).exit_code == 0
+    assert tomllib.loads((node / "node.toml").read_text())["vault"] == str(tmp_path / "elsewhere.key")
+    (tmp_path / "elsewhere.key").unlink()
+    assert "vault: " in str(CliRunner().invoke(app, run).exception)
+
+
+def test_help_tells_what_an_argument_is() -> None:
+    assert "made it." in CliRunner().invoke(app, ["node", "check", "--help"]).output

@@ -178,6 +178,22 @@ def test_a_setting_beyond_the_policy_is_refused_by_the_rules_name_and_its_twin_w
     assert ", allowed " in str(found.value)
 
 
+@pytest.mark.parametrize(
+    ("beyond", "within"),
+    [
+        ({"lora": {"r": 8, "modules_to_save": ["q_proj", "up_proj"]}}, {"lora": {"r": 8}}),
+        ({"method": "experts"}, {"method": "experts", "experts": {"train": "experts"}}),
+        ({"method": "experts", "experts": {"train": "router"}}, {"method": "experts", "experts": {"train": "experts"}}),
+    ],
+)
+def test_no_method_beside_the_base_is_a_way_to_train_the_base(beyond, within):
+    """What trains whole beside factors is the base as well: all of it, if a plan names all of its modules."""
+    ask({"whole_model": False}, plan=within)
+    with pytest.raises(PolicyError) as found:
+        ask({"whole_model": False}, plan=beyond)
+    assert found.value.rules == ("whole_model",)
+
+
 def test_without_a_policy_everything_is_allowed():
     for _, _, beyond, within in CASES:
         for asked in (beyond, within):

@@ -176,6 +176,22 @@ def test_facts_are_short_and_steer_no_terminal(tmp_path):
         log.write("Left out")
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [{"event": "\x1b[2Jjoined"}, {"event": 7}, {"time": "noon"}, {"time": 1e300}, {"time": None}, {"facts": ["a"]}],
+    ids=["escape", "number", "word", "far", "none", "list"],
+)
+def test_a_chain_of_what_could_steer_a_terminal_or_is_no_fact_does_not_hold(tmp_path, odd):
+    """Whoever has no key can still chain lines of his own; the hash is made here as the format says."""
+    body = {"n": 1, "time": 1.0, "event": "joined", "facts": {}, "previous": "0" * 64} | odd
+    body["hash"] = hashlib.sha256(json.dumps(body).encode()).hexdigest()
+    path = tmp_path / "audit.jsonl"
+    path.write_text(json.dumps(body) + "\n", encoding="utf-8")
+    for look in (verify, read):
+        with pytest.raises(AuditError, match="line 1 "):
+            look(path)
+
+
 def test_an_empty_log_and_none_at_all(tmp_path):
     (tmp_path / "empty").touch()
     assert verify(tmp_path / "empty", TRUSTED).last == BEGINNING

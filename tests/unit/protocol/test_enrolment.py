@@ -1,6 +1,7 @@
 """Lists of who is enrolled: what cannot be told apart is refused, and nothing but ConfigurationError is raised."""
 
 import json
+import os
 from datetime import date
 
 import pytest
@@ -39,13 +40,16 @@ def test_names_come_back_with_their_keys_whatever_the_comment(tmp_path):
         ("[]", "holds no name"),
         ("just words", "holds no name"),
         ({"bank": "ssh-rsa AAAA"}, "bank is no public"),
-        ({"bank": None}, "bank is no public"),
-        ({"bank": [LINES[0]]}, "bank is no public"),
+        ({"bank": None}, "bank: key: "),
+        ({"bank": [LINES[0]]}, "bank: key: "),
         ({"bank": LINES[0], "clinic": LINES[0]}, "has the key of bank"),
         ({"": LINES[0]}, "1 to 80"),
         ({"x" * 81: LINES[0]}, "1 to 80"),
         ({"a\nb": LINES[0]}, "1 to 80"),
         (f"7: {LINES[0]}", "1 to 80"),
+        ({"ba\u0308nk": LINES[0]}, "composed letters"),
+        ({" bank": LINES[0]}, "without blanks"),
+        (f"bank: {{key: {LINES[0]}, revoked: }}", "expected a day"),
         (f"bank: {LINES[0]}\nbank: {LINES[1]}\n", "bank"),
     ],
 )
@@ -107,3 +111,20 @@ def test_an_entry_of_another_form_and_a_key_that_is_another_s_in_whatever_role_a
 def test_what_was_revoked_comes_back_under_no_other_name(tmp_path):
     with pytest.raises(ConfigurationError, match="new: has the key of old"):
         read_enrolment(written(tmp_path, {"old": {"key": LINES[0], "revoked": "2026-01-01"}, "new": LINES[0]}))
+
+
+def test_a_list_that_would_unfold_to_gigabytes_is_refused_at_once(tmp_path):
+    """YAML's anchors: a kilobyte whose text would be 10^9 letters long; that the test ends within its time is the claim."""
+    layers = [f"x{at}: &x{at} [{','.join([f'*x{at - 1}'] * 10)}]" for at in range(1, 9)]
+    with pytest.raises(ConfigurationError, match="x8: key"):
+        read_enrolment(written(tmp_path, "\n".join(["x0: &x0 [a]", *layers])))
+
+
+def test_a_list_that_was_written_anew_is_read_anew_though_its_length_and_its_time_are_the_same(tmp_path):
+    """Nothing but its content is asked, so that no revocation is missed: two keys of one length, both files of one time."""
+    path = written(tmp_path, f"bank: {LINES[0]}")
+    time = path.stat().st_mtime_ns
+    first = read_enrolled(path)
+    path.write_text(f"bank: {LINES[1]}", encoding="utf-8")
+    os.utime(path, ns=(time, time))
+    assert [fingerprint(found["bank"]) for found in (first, read_enrolled(path))] == [fingerprint(key) for key in KEYS[:2]]

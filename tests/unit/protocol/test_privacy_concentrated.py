@@ -5,11 +5,13 @@ import math
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from scipy import stats
 
 from protocol.privacy.accounting import Mechanism
 from protocol.privacy.accounting import epsilon as accounted
 from protocol.privacy.concentrated import epsilon, rho
+from protocol.privacy.promise import Promise
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -38,3 +40,13 @@ def test_nothing_spent_is_nothing_and_more_is_more():
     assert epsilon(0.0, 1e-5) == 0.0
     found = [epsilon(total, 1e-5) for total in (1e-6, 1e-3, 1.0, 100.0)]
     assert found == sorted(found)
+
+
+@pytest.mark.parametrize("z", [1e-6, 1e9])
+def test_whatever_noise_a_coordinator_may_name_has_a_cost_that_is_a_number(z):
+    told = {"epsilon": 1, "delta": 1e-5, "clipping_norm": 1, "noise": "nodes"}
+    promise = Promise(noise_multiplier=z, bit_noise=z, **told)
+    assert math.isfinite(epsilon(promise.cost(0), 1e-5))
+    for name in ("noise_multiplier", "bit_noise"):
+        with pytest.raises(ValidationError):
+            Promise(**{"noise_multiplier": 1.0, name: 1e-300}, **told)

@@ -249,6 +249,13 @@ def test_a_file_that_is_no_key_or_that_others_may_read_is_refused(tmp_path):
         Vault(bytes(31))
 
 
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for look in (vault.identity_of, lambda path: Vault(KEY).read(path, WHAT)):
+        with pytest.raises(VaultError, match="no ordinary file"):
+            look(tmp_path / "pipe")
+
+
 def test_no_error_tells_what_was_sealed(tmp_path):
     canary = "CANARY-4711"
     sealed = Vault(KEY).seal(canary.encode(), WHAT)
