@@ -3,9 +3,10 @@
 import io
 import logging
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
 import client.commands
 import client.policy_commands
@@ -27,6 +28,15 @@ import strategies.probing_commands
 from protocol.errors import AdapterError, FedgeError, UserError
 from strategies.libraries import calm
 
+
+def _keep_help(argument: typer.core.TyperArgument, **given: Any) -> None:
+    """Click 8.5 has a help of its own for arguments, and forgets the one that Typer has set before."""
+    _made(argument, **given)
+    argument.help = given.get("help")
+
+
+_made = typer.core.TyperArgument.__init__
+typer.core.TyperArgument.__init__ = _keep_help  # type: ignore[assignment, method-assign]
 app = typer.Typer(
     name="fedge",
     epilog="--debug anywhere shows the traceback of an error.",

@@ -1,4 +1,4 @@
-"""Verbs of the edge: ``fedge edge …``. Those that make bundles are here, those of a device in ``device_commands``."""
+"""Verbs of the edge: ``fedge edge …``; here those that make bundles, a device's in ``device_`` and ``learning_commands``."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edge import device_commands
+from edge import device_commands, learning_commands
 from edge.device_commands import Json, Trusted, tell, trusted
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ update = typer.Typer(help="From a bundle to its next version: only what changed 
 def mount(app: typer.Typer) -> None:
     """Adds the verbs to the command."""
     device_commands.mount(edge, update)
+    learning_commands.mount(edge)
     edge.add_typer(update, name="update")
     app.add_typer(edge, name="edge")
 

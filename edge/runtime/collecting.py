@@ -82,7 +82,7 @@ class Collector:
         with self._lock:
             self._waiting[number] = self._clock(), entry
             self._characters += _characters(entry)
-            self._let_go()
+        self.let_go()
 
     def take(self, body: bytes) -> dict[str, Any]:
         """Keeps what a user says of an answer.
@@ -98,8 +98,8 @@ class Collector:
             raise DataError("feedback: says nothing; expected a rating, a correction or both")
         if told.rating == "up" and told.correction is not None:
             raise DataError("feedback: a correction of an answer that is good; expected one of the two")
+        self.let_go()
         with self._lock:
-            self._let_go()
             found = self._waiting.get(told.id)
         if found is None:
             raise RefusedError(
@@ -119,6 +119,18 @@ class Collector:
         self._store.wipe()
         return {"object": "feedback", "deleted": True}
 
+    def let_go(self) -> None:
+        """Forgets what has waited too long, or is too much."""
+        window, now = self._window, self._clock()
+        with self._lock:
+            while self._waiting:
+                since, entry = next(iter(self._waiting.values()))
+                few = len(self._waiting) <= window.answers and self._characters <= window.characters
+                if few and now - since <= window.seconds:
+                    return
+                self._waiting.popitem(last=False)
+                self._characters -= _characters(entry)
+
     def _count(self) -> None:
         with self._lock:
             now = self._clock()
@@ -131,16 +143,6 @@ class Collector:
                     **{"Retry-After": str(max(1, int(self._heard[0] + 60 - now)))},
                 )
             self._heard.append(now)
-
-    def _let_go(self) -> None:
-        window, now = self._window, self._clock()
-        while self._waiting:
-            since, entry = next(iter(self._waiting.values()))
-            few = len(self._waiting) <= window.answers and self._characters <= window.characters
-            if few and now - since <= window.seconds:
-                return
-            self._waiting.popitem(last=False)
-            self._characters -= _characters(entry)
 
 
 def _characters(entry: Entry) -> int:

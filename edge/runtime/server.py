@@ -45,6 +45,11 @@ class BundleServer(BoundedServer):
         self.turns = Turns(settings.parallel, settings.waiting, settings.answer_seconds)
         super().__init__(settings, _Handler)
 
+    def service_actions(self) -> None:
+        """Between requests, every half second: what waits for feedback is forgotten in time even where nobody asks."""
+        if self.collector is not None:
+            self.collector.let_go()
+
 
 class _Handler(Connection):
     """One request of one connection."""

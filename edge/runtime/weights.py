@@ -88,7 +88,7 @@ class Weights:
             self._parts[place] = last - first
             for kept in (self._slots, self._buffers):
                 for key in [key for key in kept if key[0] == place]:
-                    del kept[key]  # type: ignore[attr-defined]
+                    del kept[key]
         if not held.turned:
             return self._floats(held, place, first, last)
         if held.form in _BITS:

@@ -122,20 +122,13 @@ def classifier_head(
     outside = _outside(model, layers)
     whole = {name: tensor for name, tensor in outside.items() if name in dense}
     held = {name: tensor for name, tensor in outside.items() if name not in dense}
-    within = {name.rpartition(".")[0] for name in held}
-    modules = {
-        name: shape
-        for name, shape in linear(model).items()
-        if name in within and not any(name.startswith(f"{layer}.") for layer in layers)
-    }
+    states, ids = torch.randn(BATCH, SEQUENCE, hidden), torch.ones(BATCH, SEQUENCE, dtype=torch.int64)
+    given = (states, ids, ragged(ids))
+    behind = _behind(model, layers, states, ids)
+    modules = {name: shape for name, shape in linear(model).items() if name in behind and f"{name}.weight" in held}
     sizes = {size for tensor in outside.values() for size in tensor.shape} | {hidden}
     labels, *used = ranks(1 + len(modules), sizes)
-    heads = [
-        torch.randn(
-            [labels if size == "labels" else int(size) for size in dense[name]]
-        )  # the base's own has any number of them
-        for name in whole
-    ]
+    heads = [torch.randn([labels if size == "labels" else int(size) for size in dense[name]]) for name in whole]
     factors = [
         torch.randn(shape) for (d_in, d_out), r in zip(modules.values(), used, strict=True) for shape in ((r, d_in), (d_out, r))
     ]
@@ -144,8 +137,6 @@ def classifier_head(
     rows = {0: dims["batch"], 1: dims["sequence"]}
     heads_free = [{at: dims["labels"] for at, size in enumerate(dense[name]) if size == "labels"} for name in whole]
     factors_free = [{at: torch.export.Dim(f"r{number}", min=1)} for number in range(len(modules)) for at in (0, 1)]
-    states, ids = torch.randn(BATCH, SEQUENCE, hidden), torch.ones(BATCH, SEQUENCE, dtype=torch.int64)
-    given = (states, ids, ragged(ids))
     rest, rest_free = (weights, heads, factors), ([None] * len(weights), heads_free, factors_free)
 
     def logits_of(x: Any, ids: Any, mask: Any, weights: Any, heads: Any, factors: Any) -> Any:
@@ -179,6 +170,25 @@ def classifier_head(
         ["logits", "dx", *grads],
     )
     return Head(made, {"score": ("logits",), "backward": ("dx", *grads)})
+
+
+def _behind(model: "PreTrainedModel", layers: "Mapping[str, Module]", states: "Tensor", ids: "Tensor") -> set[str]:
+    """Linear layers that get something which comes of the last states."""
+    import torch
+
+    found: set[str] = set()
+
+    def watch(name: str) -> Any:
+        return lambda _, given: found.add(name) if given[0].requires_grad else None
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in linear(model)]
+    try:
+        with torch.enable_grad(), giving(layers, states.clone().requires_grad_(True)):
+            called(model, ids, ragged(ids))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
 
 
 def _outside(model: "PreTrainedModel", layers: "Mapping[str, Module]") -> "dict[str, Tensor]":

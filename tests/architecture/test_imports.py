@@ -120,6 +120,16 @@ def test_server_and_protocol_import_where_there_is_no_torch():
     assert python(code).stdout.splitlines()[-1] == "HELD"
 
 
+def test_a_node_s_app_imports_where_there_is_nothing_but_what_runs_a_bundle():
+    """A device's node is the same code; what trains with PyTorch imports it when it trains."""
+    names = modules("client")
+    assert {"client.app", "client.round", "client.device"} <= {*names}
+    making = [name for name in modules("edge") if not name.startswith("edge.runtime.")]
+    absent = {*FORBIDDEN, *making, "onnx", "onnx_ir", "onnxscript"} - {"onnxruntime"}
+    code = without(*sorted(absent)) + f"for name in {names!r}:\n    importlib.import_module(name)\nprint('HELD')\n"
+    assert python(code).stdout.splitlines()[-1] == "HELD"
+
+
 def test_what_runs_a_bundle_imports_where_there_is_nothing_of_what_makes_one():
     """The rest of edge counts as well, which no contract of import-linter says of a folder inside it."""
     names = [name for name in modules("edge") if name.startswith("edge.runtime.")]

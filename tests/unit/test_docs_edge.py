@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from shutil import which
 
@@ -97,6 +98,41 @@ def test_the_documented_server_answers_the_documented_client(made, answered):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     command, client = blocks("bash")[4].replace("8080", port), blocks("python")[1].replace("8080", port)
+    with served(command, folder, port):
+        done = subprocess.run([sys.executable, "-c", client], capture_output=True, text=True, check=True)
+        asked = blocks("bash")[5].replace("8080", port)
+        curled = subprocess.run(asked, shell=True, capture_output=True, text=True, check=True) if which("curl") else None  # noqa: S602
+    assert f"fees: {done.stdout}" in answered[1]
+    assert curled is None or json.loads(curled.stdout)["choices"][0]["message"]["content"] == done.stdout[:-1]
+
+
+def test_the_documented_feedback_is_kept_and_forgotten(made, monkeypatch):
+    """Learning from it needs a bundle that can be trained: tests/unit/edge/test_feedback.py."""
+    folder, _ = made
+    monkeypatch.chdir(folder)
+    keygen, command = containing("bash", "--feedback said --vault vault.key\n").splitlines()
+    count, _, wipe = containing("bash", "fedge edge feedback said").splitlines()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    call(keygen)
+    with served(command.replace("8080", port), folder, port):
+        client = containing("python", '"store": True').replace("8080", port)
+        done = subprocess.run([sys.executable, "-c", client], capture_output=True, text=True, check=True)
+    assert done.stdout == "corrected\n"
+    assert call(count) == ["0 accepted, 1 corrected, 0 rejected, 1 clients\n"]
+    assert b"At six." not in (folder / "said" / "feedback.sealed").read_bytes()
+    assert "overwritten" in call(wipe)[0]
+    assert call(count)[0].startswith("0 accepted, 0 corrected")
+
+
+def containing(language, words):
+    (found,) = (body for body in blocks(language) if words in body)
+    return found
+
+
+@contextmanager
+def served(command, folder, port):
+    """The page's server in a process of its own, from where it answers to its end."""
     executable = Path(sys.executable).parent / "fedge"
     server = subprocess.Popen([executable, *shlex.split(command)[1:]], cwd=folder, stderr=subprocess.PIPE, text=True)
     try:
@@ -105,14 +141,10 @@ def test_the_documented_server_answers_the_documented_client(made, answered):
             assert server.poll() is None, server.stderr.read()
             assert time.monotonic() < until
             time.sleep(0.1)
-        done = subprocess.run([sys.executable, "-c", client], capture_output=True, text=True, check=True)
-        asked = blocks("bash")[5].replace("8080", port)
-        curled = subprocess.run(asked, shell=True, capture_output=True, text=True, check=True) if which("curl") else None  # noqa: S602
+        yield
     finally:
         server.terminate()
         server.wait(10)
-    assert f"fees: {done.stdout}" in answered[1]
-    assert curled is None or json.loads(curled.stdout)["choices"][0]["message"]["content"] == done.stdout[:-1]
 
 
 def _is_there(port):

@@ -25,6 +25,7 @@ from protocol.errors import DataError, ModelError
 from protocol.vault import Vault
 
 FEWEST: Final = 8
+HELD_OUT: Final = 0.2
 MOST_FORGETTING: Final = 0.1
 _NAME: Final = "feedback"
 _SALT_BYTES: Final = 16
@@ -223,14 +224,14 @@ def learnable(entries: Iterable[Entry], screen: Screen, *, pairs: bool = False) 
 
 
 def guarded(settings: Settings, rows: int) -> Settings:
-    """Settings for learning from feedback: what forgets more than a tenth of what is replayed is not kept.
+    """Settings for learning from feedback: a fifth of the rows measures, and what forgets more than a tenth is not kept.
 
     Raises:
         DataError: There are too few rows for any to be held back, and so nothing would decide.
     """
     if rows < FEWEST:
         raise DataError(f"feedback: {rows} rows to learn from, expected at least {FEWEST}; collect more")
-    held_out = max(settings.held_out, 1 / FEWEST)
+    held_out = max(settings.held_out, HELD_OUT)
     most = MOST_FORGETTING if settings.most_forgetting is None else settings.most_forgetting
     return settings.model_copy(update={"held_out": held_out, "most_forgetting": most})
 

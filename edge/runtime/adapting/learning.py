@@ -140,7 +140,8 @@ class Learning:
         self._optimiser = AdamW(settings.learning_rate, weight_decay=settings.weight_decay, warmup_steps=settings.warmup_steps)
         self._identity = self._identified()
         gradients.check(self._passes.whole(start))
-        gradients.check_rows([row for rows in (*examples.rows, *(replay.rows if replay else ())) for row in rows])
+        every = (*examples.rows, *(replay.rows if replay else ()))
+        gradients.check_rows([row for rows in every for row in rows], self._passes.whole(start))
 
     def run(self, meter: Meter) -> Learnt:
         """Goes on until it has learnt, or the budget is spent.

@@ -9,7 +9,7 @@ from edge.runtime.adapting.personal import on_top, tensors
 from edge.runtime.adapting.preference import Array, dpo
 from edge.runtime.adapting.rows import Task
 from edge.runtime.gradient import Gradients
-from edge.runtime.training_rows import NOT_LEARNT, Row, Scored
+from edge.runtime.training_rows import Row, Scored, learnt
 from protocol.adapter import Adapter
 
 Example = tuple[Row, ...]
@@ -73,7 +73,8 @@ class Passes:
     def margins(self, adapter: Adapter, examples: Sequence[Example]) -> Array:
         """DPO: how much more an adapter has come to prefer the chosen answer of each pair than its reference does."""
         gain = self.scored(adapter, examples).log_probabilities - self._known_of(examples)
-        return self._beta * (gain[0::2] - gain[1::2])
+        margins: Array = self._beta * (gain[0::2] - gain[1::2])
+        return margins
 
     def figures(self, adapter: Adapter, examples: Sequence[Example]) -> Figures:
         """Figures of an adapter on examples; of none the loss is 0."""
@@ -132,7 +133,7 @@ class Passes:
         """What a micro-batch counts in its step: learnt tokens, rows or pairs."""
         if self._task != "sft":
             return float(len(part))
-        return float(sum(label != NOT_LEARNT for rows in part for row in rows for label in list(row.labels)[1:]))  # type: ignore[call-overload]
+        return float(len(learnt([row for rows in part for row in rows]).target))
 
     def _known_of(self, part: Sequence[Example]) -> Array:
         """Log-probabilities under the reference, of the rows of some pairs: asked once for each pair."""

@@ -75,12 +75,12 @@ class ReplayBuffer:
         self._file = SealedDocument(folder, _NAME, vault, 2**30)
 
     def rows(self, task: Task | None = None) -> list[dict[str, Any]]:
-        """All that are kept, or those for one kind of training.
+        """All that are kept, or those for one kind of training, in an order that does not tell the key.
 
         Raises:
             VaultError: The file was sealed with another key, or is damaged.
         """
-        return [row for _, row in sorted(self._read().rows.items()) if task is None or task_of(row) == task]
+        return [row for row in sorted(self._read().rows.values(), key=_told) if task is None or task_of(row) == task]
 
     def add(self, rows: Iterable[Mapping[str, Any]]) -> int:
         """Gives it rows, of which it keeps what its room allows; gives how many are kept now.

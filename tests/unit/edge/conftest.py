@@ -79,11 +79,9 @@ def exported_classifier(encoder, tmp_path_factory) -> SimpleNamespace:
 
 
 @pytest.fixture(scope="session")
-def trainable(tmp_path_factory):
+def trainable(trainable_bundle):
     """The embedded base with training graphs, in float32, and the key that signed it."""
-    from edge.make import Request, make_bundle
-    from protocol.signature import make_key
+    from protocol.signature import read_trusted
 
-    key, folder = make_key(), tmp_path_factory.mktemp("trainable") / "tiny"
-    make_bundle(Request("tiny", folder, key, profile="fp32", trainable=True))
-    return folder, key.public_key()
+    folder, key = trainable_bundle
+    return folder, read_trusted(key)[0]

@@ -339,3 +339,29 @@ def test_the_verbs_tell_what_was_learnt(bundle, learnt, tmp_path, capsys):
     )
     assert list(json.loads(answered.output)["answers"]) == ["personal"]
     assert "the bundle's own" in ask(fedge.app, ["edge", "rollback", str(bundle[0]), *where]).output
+
+
+def test_the_page_says_how(bundle, tmp_path, monkeypatch):
+    """The commands of docs/edge.md, in their order."""
+    import re
+    import shlex
+
+    from typer.testing import CliRunner
+
+    import fedge
+
+    page = (Path(__file__).parents[3] / "docs" / "edge.md").read_text()
+    (lines,) = (
+        each
+        for each in re.findall(r"^```bash\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+        if "edge adapt bundles/1 own" in each
+    )
+    shutil.copytree(bundle[0], tmp_path / "bundles" / "1")
+    (tmp_path / "release.pub").write_bytes(public(bundle[1]))
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    monkeypatch.chdir(tmp_path)
+    told = [CliRunner().invoke(fedge.app, shlex.split(line)[1:], catch_exceptions=False).output for line in lines.splitlines()]
+    assert "20 steps" in told[0]
+    assert "version 1 is in use" in told[1]
+    assert "personal:" in told[2]
+    assert "the bundle's own" in told[3]
