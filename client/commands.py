@@ -1,14 +1,19 @@
 """Verbs of an institution's node: ``fedge node keygen | trust | check | run``."""
 
+import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from client.node import Node
 
 Folder = Annotated[Path, typer.Argument(help="The node's folder, as keygen made it.")]
 Coordinator = Annotated[
     str, typer.Option(metavar="SHA256:...", help="The coordinator's fingerprint, as told by another way than the list came.")
 ]
+Settings = Annotated[Path | None, typer.Option(help="YAML with the node's settings; else node.yaml in its folder.")]
 
 node = typer.Typer(
     help="An institution's node: its keys, its checks, its SuperNode.", no_args_is_help=True, suggest_commands=False
@@ -33,8 +38,8 @@ def keygen(
     typer.echo(f"auth      {auth}")
     typer.echo(f"Send: {folder / credentials.IDENTITY}.pub, {folder / credentials.AUTH}.pub")
     typer.echo("Tell both fingerprints by another way. The coordinator enrols them:")
-    typer.echo(f"  fedge coordinator enrol FOLDER {name} identity.pub --auth-key auth.pub --fingerprint {identity} \\")
-    typer.echo(f"    --fingerprint {auth}")
+    typer.echo(f"  fedge coordinator enrol FOLDER {shlex.quote(name)} identity.pub --auth-key auth.pub \\")
+    typer.echo(f"    --fingerprint {identity} --fingerprint {auth}")
 
 
 @node.command()
@@ -53,18 +58,25 @@ def trust(
 def check(
     folder: Folder,
     coordinator: Coordinator = "",
-    superlink: Annotated[str, typer.Option(metavar="HOST:PORT", help="Look at its certificate, too.")] = "",
+    superlink: Annotated[str, typer.Option(metavar="HOST:PORT", help="Look at the certificate that answers there, too.")] = "",
+    settings: Settings = None,
     days: Annotated[int, typer.Option(min=0, help="How many days certificates must still hold.")] = 30,
 ) -> None:
-    """Keys, modes, authorities and the enrolment list; exit code 2 and the numbers where something is wrong."""
+    """Keys, modes, authorities, who is enrolled, settings; exit code 2 and the numbers where something is wrong."""
     from datetime import UTC, datetime
 
     from client import credentials
     from protocol.certificates import dated, days_left, fingerprint
     from protocol.errors import ConfigurationError
 
-    found = credentials.check(folder, coordinator=coordinator, least_days=days)
+    path = settings or folder / credentials.SETTINGS
+    found = credentials.check(folder, coordinator=coordinator, least_days=days, own_vault=_own_vault(path))
     typer.echo("\n".join(found.lines))
+    if settings or path.exists():
+        _settings(path, found.name)
+        typer.echo(f"settings  {path}")
+    else:
+        typer.echo(f"settings  none yet; node run reads {path}")
     if not superlink:
         return
     certificate = credentials.greet(superlink, folder)
@@ -80,7 +92,7 @@ def check(
 def run(
     folder: Folder,
     superlink: Annotated[str, typer.Option(metavar="HOST:PORT", help="The coordinator's address.")],
-    settings: Annotated[Path | None, typer.Option(help="YAML with the node's settings; else node.yaml in its folder.")] = None,
+    settings: Settings = None,
     device: Annotated[
         Path | None, typer.Option(metavar="BUNDLE", help="Train with this bundle, without PyTorch (docs/edge.md).")
     ] = None,
@@ -97,19 +109,16 @@ def run(
 ) -> None:
     """Starts Flower's SuperNode with TLS, its own key and signed apps only; says first what would not hold."""
     from client import credentials
-    from client.node import Node, beside
-    from protocol.configuration import load
-    from protocol.errors import ConfigurationError
+    from client.node import Node
+    from protocol.configuration import parse
     from protocol.together import printed, run_together
 
     folder = folder.resolve()
-    found = credentials.check(folder, coordinator=coordinator, unsigned_apps=run_unsigned_apps)
     path = settings or folder / credentials.SETTINGS
+    found = credentials.check(folder, coordinator=coordinator, unsigned_apps=run_unsigned_apps, own_vault=_own_vault(path))
     here = {name: file.resolve() for name, file in (("device", device), ("device_key", device_key)) if file}
-    (own,) = beside(path, (load(path, Node),))
-    own = Node.model_validate(own.model_dump(exclude_unset=True) | here) if here else own
-    if "name" in own.model_fields_set and own.name != found.name:
-        raise ConfigurationError(str(path), [f"name: {own.name!r}; its key is enrolled as {found.name!r}"])
+    own = _settings(path, found.name)
+    own = parse(own.model_dump(exclude_unset=True) | here, Node, source=str(path)) if here else own
     if not insecure_without_tls and credentials.greet(superlink, folder) is None:
         typer.echo(f"nothing answers at {superlink} yet; the SuperNode goes on trying", err=True)
     kept = {"state": "state", "vault": credentials.VAULT, "audit": "audit.jsonl"}
@@ -124,3 +133,46 @@ def run(
         typer.echo(printed(command))
     if not show:
         raise typer.Exit(run_together(commands, {"FLWR_HOME": str(folder / "flwr")}))
+
+
+def _own_vault(path: Path) -> bool:
+    """Whether settings name a vault's key of their own; what is wrong with the file is told when it is read."""
+    from protocol.configuration import read_yaml
+    from protocol.errors import ConfigurationError
+
+    try:
+        return isinstance(said := read_yaml(path), dict) and bool(said.get("vault"))
+    except ConfigurationError:
+        return False
+
+
+def _settings(path: Path, name: str) -> "Node":
+    """A node's settings, with paths taken from their folder, once what they name was looked at.
+
+    Raises:
+        ConfigurationError: Every problem of the file, or of the policies that it names.
+    """
+    from client.node import Node, beside
+    from client.policy import read_policy
+    from protocol.configuration import load
+    from protocol.data_settings import DataPolicy, is_hub_name
+    from protocol.errors import ConfigurationError, shown
+
+    (own,) = beside(path, (load(path, Node),))
+    problems = []
+    if "name" in own.model_fields_set and own.name != name:
+        problems.append(f"name: {own.name!r}; its key is enrolled as {name!r}")
+    named = [("policy", own.policy), ("data_policy", own.data_policy), ("vault", own.vault)]
+    for task, files in own.sources().items():
+        named += [(f"tasks.{task}.{key}" if task else key, file) for key, file in files.files()]
+    problems += [
+        f"{key}: {shown(str(file), 200)}: no such file; paths are relative to {path.resolve().parent}"
+        for key, file in named
+        if file and not file.exists() and not is_hub_name(file)
+    ]
+    if problems:
+        raise ConfigurationError(str(path), problems)
+    read_policy(own.policy)
+    if own.data_policy:
+        load(own.data_policy, DataPolicy)
+    return own

@@ -106,7 +106,13 @@ def trust(folder: Path, key: Path, expected: str = "") -> str:
 
 
 def check(
-    folder: Path, *, coordinator: str = "", least_days: int = 0, now: datetime | None = None, unsigned_apps: bool = False
+    folder: Path,
+    *,
+    coordinator: str = "",
+    least_days: int = 0,
+    now: datetime | None = None,
+    unsigned_apps: bool = False,
+    own_vault: bool = False,
 ) -> Standing:
     """Whether everything that a SuperNode starts with holds; nothing is changed.
 
@@ -116,11 +122,13 @@ def check(
         least_days: How many days the authorities must still hold.
         now: The time to look at; the clock's without it.
         unsigned_apps: Whether apps may run that nobody has signed.
+        own_vault: Whether the key of its vault lies elsewhere.
 
     Raises:
         ConfigurationError: Every problem, with numbers.
     """
-    needed = (*_SECRETS, CA, ENROLLED, *(() if unsigned_apps else (TRUSTED,)))
+    private = tuple(name for name in _SECRETS if name != VAULT or not own_vault)
+    needed = (*private, CA, ENROLLED, *(() if unsigned_apps else (TRUSTED,)))
     advice = {CA: "ask the coordinator for it", ENROLLED: "ask the coordinator for it", TRUSTED: "fedge node trust makes it"}
     problems = [
         f"{name}: is missing; {advice.get(name, 'fedge node keygen makes it')}"
@@ -129,7 +137,7 @@ def check(
     ]
     if problems:
         raise ConfigurationError(str(folder), problems)
-    problems = [f"{name}: {why}" for name in _SECRETS if (why := certificates.readable_by_others(folder / name))]
+    problems = [f"{name}: {why}" for name in private if (why := certificates.readable_by_others(folder / name))]
     if problems:
         raise ConfigurationError(str(folder), problems)
     identity = read_private(folder / IDENTITY).public_key()

@@ -10,7 +10,7 @@ from client.node import Node
 from edge.runtime import gradient
 from edge.runtime.adapting.schedule import SCHEDULES
 from edge.runtime.gradient import Gradients
-from edge.runtime.manifest import SIGNATURE, TOKENIZER
+from edge.runtime.manifest import SIGNATURE, TOKENIZER, BundleManifest
 from edge.runtime.session import Resources
 from edge.runtime.tokens import Tokeniser
 from edge.runtime.verify import content
@@ -30,8 +30,8 @@ _NOT_HERE: Final[Mapping[str, tuple[str, ...]]] = {
     "data": ("augmentation",),
     "head": ("init",),
 }
-# They only perturb a training, which does without.
-_LEFT_OUT: Final[Mapping[str, tuple[str, ...]]] = {"lora": ("lora_dropout",), "training": ("neftune_noise_alpha",)}
+# They perturb a training or watch it, and it does without.
+_LEFT_OUT: Final[Mapping[str, tuple[str, ...]]] = {"lora": ("lora_dropout",), "training": ("neftune_noise_alpha", "eval_steps")}
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Opened:
     tokens: Tokeniser
 
     @property
-    def manifest(self) -> gradient.BundleManifest:
+    def manifest(self) -> BundleManifest:
         """What the bundle says of itself."""
         return self.gradients.manifest
 
@@ -69,8 +69,8 @@ class Opened:
         if strange := [end for end, found in ends.items() if not found]:
             kinds = sorted({module.rpartition(".")[2] for module in there})
             raise ModelError(
-                f"lora.target_modules: {len(strange)} of {len(ends)} are none of the {len(there)} modules that this bundle trains "
-                f"({', '.join(kinds)}); the plan must leave them out"
+                f"lora.target_modules: {len(strange)} of {len(ends)} are none of the {len(there)} modules that this bundle "
+                f"trains ({', '.join(kinds)}); the plan must leave them out"
             )
         chosen = {module for found in ends.values() for module in found}
         return {module: (d_out, d_in) for module, (d_in, d_out) in there.items() if module in chosen}
@@ -143,6 +143,8 @@ def _problems(plan: Plan) -> Iterator[str]:
 
 def left_out(plan: Plan) -> dict[str, str]:
     """By dotted field name, what of a plan a device does without, and that it does."""
-    found = [f"{section}.{name}" for section, names in _LEFT_OUT.items() for name in names if changed(getattr(plan, section), name)]
-    found += ["dropout"] if plan.dropout else []
+    found = [
+        f"{section}.{name}" for section, names in _LEFT_OUT.items() for name in names if changed(getattr(plan, section), name)
+    ]
+    found += [name for name, given in (("dropout", plan.dropout), ("forgetting", plan.forgetting)) if given]
     return {name: f"{name}: this device trains without it" for name in found}

@@ -62,7 +62,9 @@ def narrowed(plan: Plan, node: Node, largest_rank: int) -> tuple[Plan, dict[str,
     hardware, reasons = node.hardware(), dict[str, str]()
     tier = tier_of(hardware, node.tier)
     limits = {
-        f"device tier {tier.name} ({hardware.ram_total_bytes / _GIB:.1f} GiB, {hardware.cpu_cores} cores)": TIERS[tier.name].max_rank,
+        f"device tier {tier.name} ({hardware.ram_total_bytes / _GIB:.1f} GiB, {hardware.cpu_cores} cores)": TIERS[
+            tier.name
+        ].max_rank,
         "the bundle's training graphs": largest_rank,
         "the node's own max_rank": node.max_rank or plan.lora.r,
     }

@@ -19,7 +19,20 @@ from protocol.vault import Vault
 from strategies.hardware import Hardware, override, probe
 from strategies.narrowing import TierName
 
-_PATHS = ("data_policy", "policy", "identity", "enrolled", "state", "folder", "whole_model", "vault", "audit", "device", "device_key", "device_own")
+_PATHS = (
+    "data_policy",
+    "policy",
+    "identity",
+    "enrolled",
+    "state",
+    "folder",
+    "whole_model",
+    "vault",
+    "audit",
+    "device",
+    "device_key",
+    "device_own",
+)
 _ROWS = ("train", "evaluate", "replay", "probe")
 
 
@@ -87,7 +100,8 @@ class Node(Strict):
     progress: bool = Field(False, description="say on standard error how far training is")
 
     device: Path | None = Field(
-        None, description="bundle with training graphs: this node trains with numpy and onnxruntime, without PyTorch (docs/edge.md)"
+        None,
+        description="bundle with training graphs: this node trains with numpy and onnxruntime, without PyTorch (docs/edge.md)",
     )
     device_key: Path | None = Field(None, description="public keys whose signature of that bundle counts, one a line")
     device_battery: float = Field(

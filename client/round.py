@@ -2,12 +2,9 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from client.allowed import check
 from client.ladder import Ladder
@@ -27,12 +24,10 @@ from client.round_plan import (
     wish,
     with_what_stayed,
 )
-from protocol.adapter import Adapter, Array
-from protocol.errors import BaseMismatchError, ConfigurationError, DataError, ModelError
+from protocol.errors import BaseMismatchError, DataError, ModelError
 from protocol.files import keep_private, private_folder
 from protocol.manifest import Manifest
 from protocol.plan import Plan
-from protocol.product_space import split
 from protocol.records import Call, Offer, Received
 from protocol.sealed_folder import sealed_folder
 from protocol.update import Update
@@ -43,17 +38,16 @@ from strategies.calibration import read_calibration
 from strategies.data.ai_feedback import made, stand_ins
 from strategies.data.card import write_beside
 from strategies.data.encode import encode, is_usable
-from strategies.data.formats import LabelledText, Row
+from strategies.data.formats import Row
 from strategies.data.mixture import Gathered, gathered, probe_rows
 from strategies.data.prepared import summary
-from strategies.data.splits import read_on, window
+from strategies.data.splits import window
 from strategies.evaluation.measure import measure
 from strategies.forgetting import FIGURES
-from strategies.label_head import last_layer
-from strategies.methods import lora, registry
+from strategies.methods import registry
 from strategies.narrowing import Narrowed, fitted, narrow
 from strategies.residents import resident_bytes
-from strategies.training import Stretch, Trained, fit
+from strategies.training import Trained, fit
 from strategies.training_place import Safe
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""What one round is of a plan, whatever carries it out: whose plan, which rows, where on its schedule, what of it is an update."""
+"""What one round is of a plan, whatever carries it out: which plan, which rows, where on its schedule, what is an update."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

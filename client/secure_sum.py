@@ -111,13 +111,15 @@ def begin(received: Received, party: Party, train: Callable[[], Update]) -> Reco
     past = _Past.read(party.past)
     past.begin(call.round, asked, party)
     _forget(party)
+    if call.privacy:
+        _check_spent(party.past, call.privacy, (FIRST,))  # before any work; once it is known how many sums there are, again
     update = train()
     modules = {module: pair.shape for module, pair in update.adapter.factors.items()}
     dense = {name: tensor.shape for name, tensor in update.adapter.dense.items()}
     frame = Frame(asked, modules, dense, received.adapter, call.trains, call.privacy)
     terms = frame.terms(call.federation, call.round)
     if promise := call.privacy:
-        _check_spent(party.past, promise, terms)
+        _check_spent(party.past, promise, range(len(terms)))
         part, weight = own_part(frame, promise, update.adapter, received.trained(), update.rows), 1.0
         own, vector = part.innovation, first_vector(frame.sketch(), promise, part)
     else:
@@ -199,7 +201,7 @@ def _words(terms: Terms, vector: NDArray[np.float64]) -> Words:
     return found
 
 
-def _check_spent(past: Memory, promise: Promise, terms: tuple[Terms, ...]) -> None:
+def _check_spent(past: Memory, promise: Promise, phases: Iterable[int]) -> None:
     """Holds a coordinator to its promise where nodes make it true: every sum that is opened is another release.
 
     Raises:
@@ -207,7 +209,7 @@ def _check_spent(past: Memory, promise: Promise, terms: tuple[Terms, ...]) -> No
     """
     if promise.noise != "nodes":
         return
-    total = _spent(past) + sum(promise.cost(each.phase) for each in terms)
+    total = _spent(past) + sum(map(promise.cost, phases))
     found = epsilon(total, promise.delta)
     if found > promise.epsilon * (1 + 1e-9):
         raise PrivacyError(
