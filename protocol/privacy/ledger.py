@@ -215,6 +215,10 @@ def _read(path: Path) -> tuple[list[Entry], str, int, int | None]:
         content = path.read_bytes()
     except FileNotFoundError:
         return [], _BEGINNING, 0, 0
+    except OSError as error:
+        raise PrivacyError(
+            f"{shown(str(path))}: cannot be read ({type(error).__name__}), and what was spent cannot be told; name a file"
+        ) from None
     whole = content.rfind(b"\n") + 1
     entries: list[Entry] = []
     last = _BEGINNING

@@ -227,3 +227,8 @@ def test_two_processes_that_write_one_ledger_are_found_out_and_nothing_is_lost(t
     again = PrivacyLedger(tmp_path / FILE, WIDE)
     again.spend(ROUND, 1)
     assert len(PrivacyLedger(tmp_path / FILE, WIDE).entries) == 3
+
+
+def test_a_ledger_that_is_a_folder_is_refused(tmp_path):
+    with pytest.raises(PrivacyError, match="cannot be read"):
+        PrivacyLedger(tmp_path, Budget(1.0, 1e-5))
