@@ -47,8 +47,8 @@ class SecureSumSettings(Strict):
     neighbours: NonNegativeInt = Field(
         0,
         le=1024,
-        description="with how many others each node shares masks and secrets, an even number; 0 = with all, as it must be where "
-        "a coordinator may lie about who is there",
+        description="with how many others each node shares masks and secrets, an even number; 0 = with all, as it has to be "
+        "where a coordinator may lie about who is there",
     )
     share: float = Field(
         2 / 3, gt=0.5, le=1, description="part of the nodes, and of each one's neighbours, without which there is no sum"
