@@ -110,6 +110,10 @@ def test_three_institutions_train_under_a_secure_sum_and_a_revoked_one_takes_no_
 
     record = json.loads((tmp_path / "result/rounds/0001/round.json").read_text())
     assert sorted(record["accepted"]) == sorted(NODES), terminals.story()
+    looked = terminals.run(found["I"][1])
+    assert "every round is done" in looked
+    assert "round 1 of three-institutions, signed by" in looked
+    assert looked.count("line(s) hold") == 2
     # What nodes call is below one path, and nothing else is: a proxy that lets that through lets nodes in.
     paths = set(re.findall(r'"POST (/v1/\w+)/', terminals.log("superlink")))
     assert paths == {"/v1/fleet", "/v1/control", "/v1/runtime"}

@@ -89,6 +89,18 @@ def test_a_federation_with_privacy_says_everything(tmp_path):
     again = told(file)
     assert again["spent"] == pytest.approx(ledger.epsilon())
     assert again["noise_multiplier"] > z
+    (tmp_path / "rounds" / "0001").mkdir(parents=True)
+    assert told(file)["rounds"] == 5
+    assert call(file).startswith("1 rounds are kept; what is left costs:\n5 rounds of 10 of 40")
+    (tmp_path / "ended.json").write_text("{}")
+    assert call(file).startswith("every round is done; what one more run over the same data costs:\n6 rounds")
+
+
+def test_a_federation_without_privacy_is_told_so(tmp_path):
+    file = tmp_path / "federation.yaml"
+    file.write_text("plan: {}\nrounds: {count: 6, minimum_nodes: 3}\n")
+    with pytest.raises(FedgeError, match="promises nothing, for it has no privacy section with enabled: true"):
+        call(file)
 
 
 def test_a_federation_with_noise_of_its_own_says_what_that_buys(tmp_path):
