@@ -111,15 +111,16 @@ def mask(
     """Writes the rows with placeholders for personal data; without --settings for every kind. Counts each kind."""
     from protocol.data_settings import EVERY_KIND, MaskingSettings
     from protocol.errors import ConfigurationError, DataError
+    from protocol.vault import Vault
     from strategies.data.fields import everything, with_everything
     from strategies.data.masking import PLACEHOLDER, Masker
-    from strategies.data.vault import opened, read_key, seal
+    from strategies.data.placeholders import opened, seal
 
     _another(file, out)
     if vault and not key:
         raise ConfigurationError("command line", ["--vault: found without --key; name the key that seals it"])
     wanted = _policy(settings).masking if settings else MaskingSettings(kinds=EVERY_KIND)
-    secret = read_key(key) if key else None
+    secret = Vault.at(key) if key else None
     sealed = vault or out.with_name(out.name + ".vault")
     new = not sealed.exists()
     if secret and not vault and not new:
@@ -151,13 +152,14 @@ def unmask(
     as_json: Json = False,
 ) -> None:
     """Writes the rows with what their placeholders stand for."""
+    from protocol.vault import Vault
     from strategies.data.fields import with_everything
     from strategies.data.files import read
     from strategies.data.masking import unmasked
-    from strategies.data.vault import opened, read_key
+    from strategies.data.placeholders import opened
 
     _another(file, out)
-    values = opened(vault or file.with_name(file.name + ".vault"), read_key(key))
+    values = opened(vault or file.with_name(file.name + ".vault"), Vault.at(key))
     rows = [row for _, row in read(file)]
     _write(out, [with_everything(row, lambda text: unmasked(text, values) if isinstance(text, str) else text) for row in rows])
     _tell({"rows": len(rows), "values": len(values), "out": str(out)}, as_json=as_json)
@@ -165,9 +167,9 @@ def unmask(
 
 def key(file: Annotated[Path, typer.Argument(help="Where to; only its owner may read it.")], as_json: Json = False) -> None:
     """Makes the node's own key: whoever has it can undo masking, and nobody else."""
-    from strategies.data.vault import create_key
+    from protocol.vault import make_key_file
 
-    create_key(file)
+    make_key_file(file)
     _tell({"key": str(file)}, as_json=as_json)
 
 

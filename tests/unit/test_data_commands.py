@@ -15,13 +15,14 @@ from client.round import choose, training_rows
 from fedge import app
 from protocol.configuration import load, parse
 from protocol.data_settings import EVERY_KIND, DataPolicy, DataSettings
-from protocol.errors import ConfigurationError, DataError
+from protocol.errors import ConfigurationError, DataError, VaultError
 from protocol.plan import Plan
+from protocol.vault import Vault
 from simulations.single import train_alone
 from strategies.base_model import find, load_tokenizer
 from strategies.data.card import write_beside
+from strategies.data.placeholders import opened, seal
 from strategies.data.prepared import prepare
-from strategies.data.vault import create_key, opened, read_key, seal
 from strategies.job import Job
 
 PAGE = (Path(__file__).parent.parent.parent / "docs" / "data.md").read_text()
@@ -240,30 +241,17 @@ def test_masking_goes_on_with_an_earlier_vault(folder):
     assert (folder / "back.jsonl").read_text() == (folder / "more.jsonl").read_text()
 
 
-def test_another_key_an_open_key_and_a_changed_vault_open_nothing(tmp_path):
-    create_key(tmp_path / "a")
-    create_key(tmp_path / "b")
-    key, vault = read_key(tmp_path / "a"), tmp_path / "v"
-    seal(vault, {"[EMAIL-1]": "a@b.com", "[PHONE-1]": 13812345678}, key)
-    assert opened(vault, key) == {"[EMAIL-1]": "a@b.com", "[PHONE-1]": 13812345678}
-    with pytest.raises(DataError, match="another key"):
-        opened(vault, read_key(tmp_path / "b"))
-    content = bytearray(vault.read_bytes())
-    content[-1] ^= 1
-    vault.write_bytes(content)
-    with pytest.raises(DataError, match="another key, or changed"):
-        opened(vault, key)
-    vault.write_bytes(b"{}")
-    with pytest.raises(DataError, match="not a vault"):
-        opened(vault, key)
-    with pytest.raises(DataError, match="already"):
-        create_key(tmp_path / "a")
-    (tmp_path / "a").chmod(0o644)
-    with pytest.raises(DataError, match="chmod 600"):
-        read_key(tmp_path / "a")
-    (tmp_path / "b").write_text("no key")
-    with pytest.raises(DataError, match="32 bytes"):
-        read_key(tmp_path / "b")
+def test_placeholders_are_opened_by_their_own_key_alone_and_taken_for_nothing_else(tmp_path):
+    """What a vault refuses otherwise: tests/unit/protocol/test_vault.py."""
+    mine, other = Vault(bytes(32)), Vault(bytes(range(32)))
+    sealed = tmp_path / "v"
+    seal(sealed, {"[EMAIL-1]": "a@b.com", "[PHONE-1]": 13812345678}, mine)
+    assert opened(sealed, mine) == {"[EMAIL-1]": "a@b.com", "[PHONE-1]": 13812345678}
+    with pytest.raises(VaultError):
+        opened(sealed, other)
+    mine.write(sealed, b"{}", {"kind": "something else"})
+    with pytest.raises(VaultError, match="expected"):
+        opened(sealed, mine)
 
 
 def test_a_vault_is_never_lost_to_another_and_none_is_left_without_its_rows(folder):
