@@ -127,7 +127,8 @@ def run(task: Task, profiles: Sequence[str], folder: Path) -> list[dict[str, Any
             print(_line(found[-1], found[0]), flush=True)
         for share in (0.0, 0.5) if profile == "q8" and task.replay else (0.0,):
             name = f"{profile} with replay" if share else profile
-            found.append(_row(task, name, device.learnt(folder / f"state-{profile}-{share}", share)))
+            with tempfile.TemporaryDirectory(dir=folder) as state:
+                found.append(_row(task, name, device.learnt(Path(state), share)))
             print(_line(found[-1], found[0]), flush=True)
         device.close()
     return found
@@ -150,7 +151,6 @@ class Device:
 
     def learnt(self, folder: Path, share: float) -> tuple[Measured, Measured]:
         """What is measured before and after, on the bundle's own weights."""
-        folder.mkdir()
         settings = self._task.settings.model_copy(update={"replay_share": share or 0.5})
         learning = Learning(
             self._gradients,
@@ -161,9 +161,8 @@ class Device:
             replay=self._reader.examples(self._task.replay) if share else None,
         )
         adapter = learning.run(Meter(Budget(steps=self._task.steps))).adapter
-        return self._measured(lambda rows: _scored(self._gradients, self._start, rows)), self._measured(
-            lambda rows: _scored(self._gradients, adapter, rows)
-        )
+        before = self._measured(lambda rows: _scored(self._gradients, self._start, rows))
+        return before, self._measured(lambda rows: _scored(self._gradients, adapter, rows))
 
     def in_torch(self) -> tuple[Measured, Measured]:
         """The same by PEFT on the base in float32: the same rows in the same number of batches."""

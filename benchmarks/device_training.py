@@ -1,6 +1,6 @@
 """A LoRA step from a bundle on a device beside a step in PyTorch: peak memory, seconds, bytes on disk.
 
-    python -m benchmarks.device_training [--folder DIR] [--models 100m 200m 500m] [--rows NAME ...] [--steps N]
+    python -m benchmarks.device_training [--folder DIR] [--models 100m 200m 500m] [--rows NAME ...] [--targets MODULE ...]
 
 - 100m: a drawn Llama of 100 million weights (12 layers of 768, 32000 tokens, tied).
 - 200m: the same with twice the layers (185 million): a device's peak is to grow by 5 % at most.
@@ -40,6 +40,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, help="keep models and bundles here, and use those that are there")
     parser.add_argument("--models", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--rows", nargs="+", default=[*TORCH, *BUNDLES], choices=[*TORCH, *BUNDLES])
+    parser.add_argument("--targets", nargs="+", default=[], help="modules that are adapted; by default every linear layer")
     parser.add_argument("--steps", type=int, default=5, help="that are measured, after one that is not")
     parser.add_argument("--prepare", action="store_true", help="make models and bundles, and measure nothing")
     asked = parser.parse_args(given)
@@ -47,10 +48,10 @@ def main(given: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="fedge-device-training-") as scratch:
         folder = (asked.folder or Path(scratch)).resolve()
         for model in asked.models:
-            _called("prepare", model, "", folder, asked.steps)
+            called("prepare", model, "", folder, asked.steps)
             for name in () if asked.prepare else ROWS[model]:
                 if name in asked.rows:
-                    rows.append(_called("row", model, name, folder, asked.steps))
+                    rows.append(called("row", model, name, folder, asked.steps, asked.targets))
                     _print(rows[-1])
     for line in verdicts({row["name"]: row for row in rows}):
         print(line)
@@ -78,10 +79,10 @@ def _said(what: str, found: float, most: float) -> str:
     return f"{what}: {found:.3f}, at most {most:g}{'' if found <= most else '  MISSED'}"
 
 
-def _called(what: str, model: str, name: str, folder: Path, steps: int) -> dict[str, Any]:
+def called(what: str, model: str, name: str, folder: Path, steps: int, targets: Sequence[str] = ()) -> dict[str, Any]:
     """A process of its own with one thread; what it prints last is what it found."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "benchmarks.device_training_row", what, model, name, str(folder), str(steps)]
+    command = [sys.executable, "-m", "benchmarks.device_training_row", what, model, name, str(folder), str(steps), *targets]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found

@@ -1,6 +1,6 @@
 """One row of ``benchmarks.device_training``, in a process of its own: makes a model's files, or measures steps.
 
-python -m benchmarks.device_training_row prepare|row MODEL NAME FOLDER STEPS
+python -m benchmarks.device_training_row prepare|row MODEL NAME FOLDER STEPS [TARGET ...]
 """
 
 import json
@@ -8,7 +8,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,12 +99,12 @@ def _draw(config: Mapping[str, Any], folder: Path) -> None:
     load_tokenizer(find("tiny")).save_pretrained(folder)
 
 
-def row(model: str, name: str, folder: Path, steps: int) -> dict[str, Any]:
-    """What one runtime takes for a step; ``name`` as in ``benchmarks.device_training``."""
+def row(model: str, name: str, folder: Path, steps: int, targets: Sequence[str] = ()) -> dict[str, Any]:
+    """What one runtime takes for a step; ``name`` as in ``benchmarks.device_training``; no targets are all linear layers."""
     vocabulary = json.loads((folder / "base" / "config.json").read_text())["vocab_size"]
     ids = np.random.default_rng(0).integers(3, vocabulary, (ROWS, TOKENS))
     begin = _torch if name.startswith("torch") else _bundle
-    step, size, before = begin(folder, name, ids)
+    step, size, before = begin(folder, name, ids, targets)
     losses, seconds, cpu = [], [], []
     for _ in range(steps + 1):
         begun, begun_cpu = time.perf_counter(), time.process_time()
@@ -124,7 +124,7 @@ def row(model: str, name: str, folder: Path, steps: int) -> dict[str, Any]:
 Step = Callable[[], float]
 
 
-def _bundle(folder: Path, name: str, ids: Any) -> tuple[Step, int, int]:
+def _bundle(folder: Path, name: str, ids: Any, targets: Sequence[str]) -> tuple[Step, int, int]:
     from edge.runtime import gradient, head
     from edge.runtime.adapting.adamw import AdamW, clipped
     from edge.runtime.adapting.learning import Settings, new_adapter
@@ -139,7 +139,7 @@ def _bundle(folder: Path, name: str, ids: Any) -> tuple[Step, int, int]:
     before = _after_imports()
     bundle = folder / "bundles" / profile
     found = gradient.open(bundle, KEY.public_key(), state=None, resources=Resources(threads=1))
-    start = new_adapter(found, Settings(r=RANK))
+    start = new_adapter(found, Settings(r=RANK, targets=tuple(targets)))
     rows = [Row(each, each) for each in ids.tolist()]
     optimiser, now = AdamW(RATE), tensors(start)
     moments, number = optimiser.start(now), 0
@@ -147,15 +147,16 @@ def _bundle(folder: Path, name: str, ids: Any) -> tuple[Step, int, int]:
     def step() -> float:
         nonlocal now, moments, number
         number += 1
-        told = found.loss_and_gradients(rows, with_tensors(start, now))
-        short, _ = clipped(tensors(told.gradients), 1.0)
+        loss, gradients, _ = found.loss_and_gradients(rows, with_tensors(start, now))
+        short, _ = clipped(tensors(gradients), 1.0)
+        del gradients  # a number each of all that is trained
         now, moments = optimiser.step(now, short, moments, number)
-        return told.loss
+        return loss
 
     return step, sum(file.stat().st_size for file in bundle.rglob("*") if file.is_file()), before
 
 
-def _torch(folder: Path, name: str, ids: Any) -> tuple[Step, int, int]:
+def _torch(folder: Path, name: str, ids: Any, targets: Sequence[str]) -> tuple[Step, int, int]:
     import bitsandbytes  # noqa: F401 - imported by all three, so that none of them counts it
     import torch
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
@@ -173,7 +174,8 @@ def _torch(folder: Path, name: str, ids: Any) -> tuple[Step, int, int]:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     base.config.use_cache = False
     torch.manual_seed(0)
-    model = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")).train()
+    adapted = list(targets) or "all-linear"
+    model = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=16, target_modules=adapted, task_type="CAUSAL_LM")).train()
     trained = [each for each in model.parameters() if each.requires_grad]
     optimiser = torch.optim.AdamW(trained, RATE, weight_decay=0.0)
     given = torch.tensor(ids)
@@ -201,13 +203,13 @@ def _status(name: str) -> int:
 
 
 def main() -> None:
-    what, model, name, folder, steps = sys.argv[1:]
+    what, model, name, folder, steps, *targets = sys.argv[1:]
     if what == "prepare":
         (Path(folder) / model).mkdir(parents=True, exist_ok=True)
         prepare(*MODELS[model], Path(folder) / model)
         print("{}")
     else:
-        print(json.dumps(row(model, name, Path(folder) / model, int(steps))))
+        print(json.dumps(row(model, name, Path(folder) / model, int(steps), targets)))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from edge.runtime import opened_versions
 from edge.runtime.head import ClassifierHead, DecoderHead
+from edge.runtime.heap import give_back
 from edge.runtime.manifest import BundleManifest
 from edge.runtime.session import Resources, check_version
 from edge.runtime.training_graph import WEIGHT, TrainingGraph, Value, opened
@@ -148,6 +149,7 @@ class Gradients:
         kept: list[Value] = []
         last, shared = self._through(batch, factors, kept)
         told = self._head.learn(last.numpy(), rows, batch, self._behind(factors), objective, count)
+        give_back()
         found = {name: array for name, array in told.gradients.items() if self._trained(name, adapter)}
         dx, lowest = _value(told.dx), self._lowest(adapter)
         for number in reversed(range(lowest, len(self._plan.layers))):
@@ -158,6 +160,7 @@ class Gradients:
             for name, value in back.items():
                 array = value.numpy()
                 found[name] = found[name] + array if name in found else array
+        give_back()
         return Gradient(told.loss, _as_adapter(found, adapter), told.scored)
 
     def score(self, rows: Sequence[Row], adapter: Adapter) -> Scored:
@@ -265,6 +268,7 @@ class Gradients:
                 kept.append(x)
             graph = self._forward[layer.kind]
             x = graph.run({"x": x, **shared, **self._of_layer(graph, layer, factors)}, ("y",))["y"]
+        give_back()
         return x, shared
 
     def _back(
