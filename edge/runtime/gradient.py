@@ -7,17 +7,16 @@ float32, one layer's activations, a part of the head, and one state per layer.
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import onnxruntime
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from numpy.typing import NDArray
 
-from edge.runtime import opened_versions
 from edge.runtime.head import ClassifierHead, DecoderHead
 from edge.runtime.heap import give_back
 from edge.runtime.manifest import BundleManifest
+from edge.runtime.opening import RESOURCES, STATE, Trusted, opened_bundle
 from edge.runtime.session import Resources, check_version
 from edge.runtime.training_graph import WEIGHT, TrainingGraph, Value, opened
 from edge.runtime.training_plan import FRONT, PLAN, Layer, backward_path, forward_path, parsed
@@ -30,25 +29,22 @@ from edge.runtime.training_rows import (
     check_rows,
     padded,
 )
-from edge.runtime.verify import content, verified
+from edge.runtime.verify import content
 from edge.runtime.weights import Source, Weights
 from protocol.adapter import Adapter, Factors
 from protocol.errors import AdapterError, BundleError, shown
-from protocol.signature import read_trusted
 
 Array = NDArray[Any]
-_STATE: Final = Path(opened_versions.FOLDER)
-_RESOURCES: Final = Resources()
 
 
 def open(  # noqa: A001 - gradient.open says what it does, model.open what it takes
     folder: Path | str,
-    trusted: Ed25519PublicKey | Sequence[Ed25519PublicKey] | Path | str,
+    trusted: Trusted,
     *,
     lowest_version: int = 0,
     name: str | None = None,
-    state: Path | None = _STATE,
-    resources: Resources = _RESOURCES,
+    state: Path | None = STATE,
+    resources: Resources = RESOURCES,
 ) -> "Gradients":
     """Opens a bundle to train with, if every byte of it is as a trusted key signed it.
 
@@ -58,16 +54,7 @@ def open(  # noqa: A001 - gradient.open says what it does, model.open what it ta
         BundleError: Anything does not hold, or the bundle has no training graphs; ``SignatureError`` for keys.
         ModelError: This onnxruntime is older than the bundle needs.
     """
-    folder = Path(folder).resolve()
-    state = state and folder.parent / state
-    if isinstance(trusted, str | Path):
-        trusted = read_trusted(Path(trusted))
-    keys = [trusted] if isinstance(trusted, Ed25519PublicKey) else list(trusted)
-    manifest = verified(folder, keys, lowest_version=lowest_version, state=state, name=name)
-    gradients = Gradients(folder, manifest, resources)
-    if state:
-        opened_versions.remember(state, manifest)
-    return gradients
+    return opened_bundle(Gradients, folder, trusted, lowest_version=lowest_version, name=name, state=state, resources=resources)
 
 
 class Gradients:
@@ -83,7 +70,7 @@ class Gradients:
     """
 
     def __init__(
-        self, folder: Path, manifest: BundleManifest, resources: Resources = _RESOURCES, weights: Source | None = None
+        self, folder: Path, manifest: BundleManifest, resources: Resources = RESOURCES, weights: Source | None = None
     ) -> None:
         """Opens a folder whose files were verified (``open`` does it), or its graphs over other weights than its own."""
         if manifest.training is None or manifest.kind == "embedder":

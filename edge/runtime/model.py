@@ -6,30 +6,27 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from numpy.typing import NDArray
 
-from edge.runtime import encoding, opened_versions
+from edge.runtime import encoding
 from edge.runtime.adapters import Adapter, bound, read
 from edge.runtime.answering import Answer, Row, Terms, write
 from edge.runtime.conversation import Conversation
 from edge.runtime.decoding import Reader, reader
 from edge.runtime.manifest import TOKENIZER, BundleManifest, DecoderShape, adapter_path
+from edge.runtime.opening import RESOURCES, STATE, Trusted, opened_bundle
 from edge.runtime.sampling import Writing, writing
 from edge.runtime.session import Resources, Session
 from edge.runtime.tokens import Tokeniser
-from edge.runtime.verify import content, verified
+from edge.runtime.verify import content
 from protocol.adapter import Adapter as Trained
 from protocol.errors import AdapterError, DataError, ModelError, shown
-from protocol.signature import read_trusted
 
 Array = NDArray[Any]
 Messages = Sequence[Mapping[str, str]]
 # A text to go on from, a conversation to answer, or token ids as they are.
 Prompt = str | Messages | Sequence[int]
-_RESOURCES: Final = Resources()
 _MOST_CHARACTERS: Final = 32  # of a token, on average; of ordinary text it has four
-_STATE: Final = Path(opened_versions.FOLDER)
 
 
 @dataclass(frozen=True)
@@ -52,12 +49,12 @@ class Classified:
 
 def open(  # noqa: A001 - model.open says what it does
     folder: Path | str,
-    trusted: Ed25519PublicKey | Sequence[Ed25519PublicKey] | Path | str,
+    trusted: Trusted,
     *,
     lowest_version: int = 0,
     name: str | None = None,
-    state: Path | None = _STATE,
-    resources: Resources = _RESOURCES,
+    state: Path | None = STATE,
+    resources: Resources = RESOURCES,
 ) -> "Model":
     """Opens a bundle, if every byte of it is as a trusted key signed it; only then anything of it is parsed.
 
@@ -75,16 +72,7 @@ def open(  # noqa: A001 - model.open says what it does
         ModelError: This onnxruntime is older than the bundle needs.
         HardwareError: The model does not fit into memory.
     """
-    folder = Path(folder).resolve()
-    state = state and folder.parent / state
-    if isinstance(trusted, str | Path):
-        trusted = read_trusted(Path(trusted))
-    keys = [trusted] if isinstance(trusted, Ed25519PublicKey) else list(trusted)
-    manifest = verified(folder, keys, lowest_version=lowest_version, state=state, name=name)
-    model = Model(folder, manifest, resources)
-    if state:
-        opened_versions.remember(state, manifest)
-    return model
+    return opened_bundle(Model, folder, trusted, lowest_version=lowest_version, name=name, state=state, resources=resources)
 
 
 class Model:
@@ -95,7 +83,7 @@ class Model:
         tokens: Its tokenizer.
     """
 
-    def __init__(self, folder: Path, manifest: BundleManifest, resources: Resources = _RESOURCES) -> None:
+    def __init__(self, folder: Path, manifest: BundleManifest, resources: Resources = RESOURCES) -> None:
         """Opens a folder whose files were verified (``open`` does it)."""
         self.manifest = manifest
         self._folder = folder
