@@ -33,7 +33,8 @@ def run_together(
         The exit code of the one that ended; 0 where all were asked to.
     """
     processes: list[subprocess.Popen[bytes]] = []
-    before = signal.signal(signal.SIGTERM, _interrupted)
+    # Ctrl-C too: a shell without job control starts what is in the background deaf to it.
+    before = {number: signal.signal(number, _interrupted) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         for command in commands:
             processes += [subprocess.Popen(command, env={**QUIET, **os.environ, **env})]
@@ -47,7 +48,8 @@ def run_together(
         return 0
     finally:
         _end(processes)
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def printed(command: Sequence[str]) -> str:

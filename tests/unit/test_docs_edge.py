@@ -107,7 +107,7 @@ def test_the_documented_server_answers_the_documented_client(made, answered):
 
 
 def test_the_documented_feedback_is_kept_and_forgotten(made, monkeypatch):
-    """Learning from it needs a bundle that can be trained: tests/unit/edge/test_feedback.py."""
+    """Learning from it needs a bundle that can be trained: tests/unit/edge/test_device_feedback.py."""
     folder, _ = made
     monkeypatch.chdir(folder)
     keygen, command = containing("bash", "--feedback said --vault vault.key\n").splitlines()
