@@ -144,4 +144,6 @@ def _code(told: Audited | None, failed: Exception) -> str:
     except AuditError as error:
         log.error("%s", error)
         return error.code
+    except Exception:  # even a defect of the log leaves as a code
+        log.exception("the audit log failed")
     return code
