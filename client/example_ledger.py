@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from client.node import Node
+from protocol.durable import alone
 from protocol.errors import ConfigurationError, PrivacyError
 from protocol.plan import Plan
 from protocol.privacy.accounting import Budget
@@ -117,13 +118,8 @@ def _fit_for_it(plan: Plan, node: Node) -> None:
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[None]:
     """Two trainings at once would each find the other's budget unspent."""
-    try:
-        import fcntl
-    except ImportError:  # Windows has none of it
-        yield
-        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         path.chmod(0o600)
-        fcntl.flock(file, fcntl.LOCK_EX)
+        alone(file.fileno())
         yield

@@ -23,7 +23,7 @@ from typing import Any, Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from protocol.durable import to_disk
+from protocol.durable import alone, to_disk
 from protocol.errors import AuditError, SignatureError, shown
 from protocol.signature import SIGNATURE_BYTES, fingerprint, sign
 from protocol.signature import verify as verify_signature
@@ -161,7 +161,7 @@ class AuditLog:
             return
         handle = os.open(self.path, os.O_RDWR | os.O_APPEND | (os.O_CREAT if create else 0), _OWNER_ONLY)
         try:
-            _lock(handle)
+            alone(handle)
             yield handle
         finally:
             os.close(handle)  # and the lock with it
@@ -292,11 +292,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if abs(value) < float("inf") else str(value)
     return [_plain(each) for each in (sorted(value) if isinstance(value, set | frozenset) else list(value)[:_MOST_FACTS])]
-
-
-def _lock(handle: int) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows has none of it
-        return
-    fcntl.flock(handle, fcntl.LOCK_EX)

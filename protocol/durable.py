@@ -1,4 +1,4 @@
-"""What outlives a power cut: bytes and names that were forced to the disk."""
+"""What outlives a power cut, and other processes: bytes and names on the disk, and files that one writes at a time."""
 
 import os
 from pathlib import Path
@@ -12,3 +12,12 @@ def to_disk(path: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def alone(handle: int) -> None:
+    """Holds other processes that ask for the same off a file until its handle is closed; on Windows nothing happens."""
+    try:
+        import fcntl
+    except ImportError:
+        return
+    fcntl.flock(handle, fcntl.LOCK_EX)

@@ -23,7 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, ClassVar, Final
+from typing import Any, Final
 
 from edge.runtime.tokens import LEAVES
 from protocol.errors import ConfigurationError, DataError, FedgeError
@@ -192,7 +192,6 @@ class Connection(BaseHTTPRequestHandler):
 
     server: BoundedServer
     protocol_version = "HTTP/1.1"
-    open_path: ClassVar[str] = "/health"  # needs no token
 
     def setup(self) -> None:
         """Bounds what the connection brings."""
@@ -277,7 +276,7 @@ class Connection(BaseHTTPRequestHandler):
         settings = self.server.settings
         if settings.is_local and found[1].lower() not in {"localhost", "127.0.0.1", "[::1]", settings.address}:
             raise RefusedError(HTTPStatus.FORBIDDEN, "this server answers to localhost alone")
-        if self.path != self.open_path and not self.server.knows(self.headers.get("authorization", "")):
+        if self.path != "/health" and not self.server.knows(self.headers.get("authorization", "")):
             raise RefusedError(
                 HTTPStatus.UNAUTHORIZED, "expected the server's token", "invalid_api_key", **{"WWW-Authenticate": "Bearer"}
             )

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from pydantic import PositiveInt, TypeAdapter, ValidationError
 
-from protocol.durable import to_disk
+from protocol.durable import alone, to_disk
 from protocol.errors import PrivacyError, shown
 from protocol.privacy.accounting import Budget, Mechanism, Rounds, epsilon
 
@@ -171,7 +171,7 @@ class PrivacyLedger:
         line, digest = _line(entry, self._last)
         handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            _alone(handle)
+            alone(handle)
             if self._size not in (None, os.fstat(handle).st_size):
                 raise PrivacyError(
                     f"{self.path}: another process has written it; what it has spent must count here too, so begin anew, and "
@@ -192,15 +192,6 @@ class PrivacyLedger:
         self._entries.append(entry)
         self._last, self._whole_bytes, self._cut_off = digest, self._whole_bytes + len(line), False
         self._size = self._whole_bytes
-
-
-def _alone(handle: int) -> None:
-    """Holds others off until the handle is closed."""
-    try:
-        import fcntl
-    except ImportError:  # Windows has none of it
-        return
-    fcntl.flock(handle, fcntl.LOCK_EX)
 
 
 def _line(entry: Entry, before: str) -> tuple[bytes, str]:

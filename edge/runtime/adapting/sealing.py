@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from edge.runtime.adapting.state import MAGIC, Seal
+from protocol.durable import alone
 from protocol.errors import AdapterError, VaultError
 from protocol.files import private_folder
 from protocol.vault import SUFFIX, Vault, is_sealed
@@ -101,12 +102,7 @@ class SealedDocument:
     def alone(self) -> Iterator[None]:
         """No other process or thread reads and writes it meanwhile."""
         with self.path.with_name(f".{self.path.name}.lock").open("w", encoding="utf-8") as file:
-            try:
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX)
-            except ImportError:  # Windows has none of it
-                pass
+            alone(file.fileno())
             yield
 
     def read(self) -> dict[str, Any]:
