@@ -153,15 +153,14 @@ class Learning:
         if state is not None and state.facts.get("identity") != self._identity:
             said.append("a training of other rows, settings or another start was unfinished here; it is given up")
             state = None
-        at = _Place.of(state, self._start) if state else self._begun()
-        self._start = with_tensors(self._start, at.start)
-        self._passes.refer_to(self._passes.whole(self._start))
-        ended = stopped = ""
-        while not ended and not stopped:
-            ended = self._ended(at)
-            stopped = "" if ended else meter.over()
-            if ended or stopped:
-                break
+        if state is None:
+            at = self._begun()
+        else:
+            at = _Place.of(state, self._start)
+            self._start = with_tensors(self._start, at.start)
+            self._passes.refer_to(self._passes.whole(self._start))
+        stopped = ""
+        while not (ended := self._ended(at)) and not (stopped := meter.over()):
             stepped = self._step(at, meter)
             if stepped is None:
                 stopped = meter.over() or "the budget"

@@ -102,13 +102,14 @@ class Passes:
         """
         parts = self._parts(examples)
         total = sum(map(self._weight, parts))
+        whole = self.whole(adapter)
         loss, summed = 0.0, {name: np.zeros_like(each) for name, each in tensors(adapter).items()}
         for number, part in enumerate(parts):
             if number and stop():
                 return None
             rows = [row for each in part for row in each]
             objective = dpo(self._known_of(part), self._beta, int(total)) if self._task == "dpo" else None
-            found = self._gradients.loss_and_gradients(rows, self.whole(adapter), objective=objective, count=total)
+            found = self._gradients.loss_and_gradients(rows, whole, objective=objective, count=total)
             loss += found.loss
             for name, each in self.own(found.gradients, adapter).items():
                 summed[name] += each
