@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -126,9 +126,11 @@ Step = Callable[[], float]
 
 def _bundle(folder: Path, name: str, ids: Any, targets: Sequence[str]) -> tuple[Step, int, int]:
     from edge.runtime import gradient, head
-    from edge.runtime.adapting.adamw import AdamW, clipped
+    from edge.runtime.adapting.adamw import AdamW, shortening
+    from edge.runtime.adapting.aside import Aside
     from edge.runtime.adapting.learning import Settings, new_adapter
-    from edge.runtime.adapting.personal import tensors, with_tensors
+    from edge.runtime.adapting.passes import Passes
+    from edge.runtime.adapting.personal import tensors
     from edge.runtime.session import Resources
     from edge.runtime.training_rows import Row
 
@@ -140,18 +142,16 @@ def _bundle(folder: Path, name: str, ids: Any, targets: Sequence[str]) -> tuple[
     bundle = folder / "bundles" / profile
     found = gradient.open(bundle, KEY.public_key(), state=None, resources=Resources(threads=1))
     start = new_adapter(found, Settings(r=RANK, targets=tuple(targets)))
-    rows = [Row(each, each) for each in ids.tolist()]
-    optimiser, now = AdamW(RATE), tensors(start)
-    moments, number = optimiser.start(now), 0
+    rows = [(Row(each, each),) for each in ids.tolist()]
+    passes, optimiser, now = Passes(found, "sft", ROWS, kept=Aside(folder)), AdamW(RATE), tensors(start)
+    moments, gradients, number = Aside(folder, optimiser.start(now)), Aside(folder), 0
 
     def step() -> float:
-        nonlocal now, moments, number
+        nonlocal number
         number += 1
-        loss, gradients, _ = found.loss_and_gradients(rows, with_tensors(start, now))
-        short, _ = clipped(tensors(gradients), 1.0)
-        del gradients  # a number each of all that is trained
-        now, moments = optimiser.step(now, short, moments, number)
-        return loss
+        loss = passes.gradient(start, rows, gradients)
+        optimiser.step(now, gradients, moments, number, shortening(gradients.values(), 1.0))
+        return cast("float", loss)
 
     return step, sum(file.stat().st_size for file in bundle.rglob("*") if file.is_file()), before
 

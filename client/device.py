@@ -26,11 +26,13 @@ from client.round_plan import (
     wish,
     with_what_stayed,
 )
+from edge.runtime.adapting.aside import Aside
 from edge.runtime.adapting.budget import Senses
 from edge.runtime.adapting.passes import Example, Passes
 from edge.runtime.adapting.rows import Task
 from protocol.adapter import Adapter
 from protocol.errors import BaseMismatchError, FedgeError
+from protocol.files import private_folder
 from protocol.manifest import Manifest
 from protocol.plan import QUANTISED, Plan
 from protocol.records import Call, Offer, Received
@@ -122,6 +124,8 @@ def train(received: Received, node: Node, memory: Memory) -> Work:
     """
     call, senses = received.call, Senses()
     check_now(node, senses)
+    if node.state:
+        private_folder(node.state)
     plan, bundle = at_asked_rank(received, choose(call.plan, node).chosen), _same_base(call, node)
     rows = gathered_rows(plan, node).prepared.training
     own = own_labels(rows, plan)
@@ -131,8 +135,8 @@ def train(received: Received, node: Node, memory: Memory) -> Work:
     kept = personal.before(memory, call.round)
     arrived, plan = personal.joined(received.adapter, kept), of_round(plan, call.round)
     parts = divided(arrived, bundle.modules(plan), bundle.gradients.start_dense(), plan, fresh=call.fresh)
-    asked = Round(plan, examples, call.trains, own, stretch(plan, call), lambda: why_not_now(node, senses))
-    adapter, metrics = fit(_passes(bundle, plan, received, parts), parts.start, asked)
+    asked = Round(plan, examples, call.trains, own, stretch(plan, call), lambda: why_not_now(node, senses), node.state)
+    adapter, metrics = fit(_passes(bundle, plan, received, parts, node), parts.start, asked)
     personal.remember(memory, call.round, kept, adapter)
     shared = personal.shared(adapter if call.fresh else with_what_stayed(adapter, arrived, call.r))
     trained_on = len({id(example) for example in examples})  # a row that is drawn again is no other row
@@ -148,7 +152,7 @@ def train(received: Received, node: Node, memory: Memory) -> Work:
         num_examples=1 if call.privacy else min(trained_on, rows_taken(plan) or trained_on),
     )
     if node.device_own:
-        _adapt_own(node, bundle, plan, encoding.examples(rows, "training rows"), arrived)
+        _adapt_own(node, bundle, plan, encoding.examples(rows, "training rows"), _with_directions(arrived))
     told = {name: value for name, value in metrics.items() if name in _TOLD}
     return Work(Update(shared, manifest, trained_rows(shared, own, frozenset(shared.dense), plan)), told, metrics)
 
@@ -162,7 +166,7 @@ def evaluate(received: Received, node: Node, memory: Memory) -> tuple[dict[str, 
     plan, bundle = choose(call.plan, node).chosen, _same_base(call, node)
     found, encoding = gathered_rows(plan, node), Encoding(bundle, plan)
     personal = Personal.of(call, frozenset(bundle.gradients.dense))
-    adapter = personal.joined(received.adapter, personal.before(memory, call.round + 1))
+    adapter = _with_directions(personal.joined(received.adapter, personal.before(memory, call.round + 1)))
     passes = Passes(
         bundle.gradients, _TASKS[plan.objective], plan.training.batch_size, beta=plan.dpo.beta, reference=received.reference
     )
@@ -173,6 +177,11 @@ def evaluate(received: Received, node: Node, memory: Memory) -> tuple[dict[str, 
         for figure, value in _figures(plan, passes, adapter, encoding.examples(rows, "held-out rows")).items()
     }
     return told, len(found.prepared.held_out)
+
+
+def _with_directions(adapter: Adapter) -> Adapter:
+    """Without modules of rank 0, which a round leaves that changed nothing there; graphs have none of them."""
+    return Adapter({module: pair for module, pair in adapter.factors.items() if pair.r}, adapter.dense)
 
 
 def _adapt_own(node: Node, bundle: Opened, plan: Plan, examples: Sequence[Example], beneath: Adapter) -> None:
@@ -194,10 +203,17 @@ def _figures(plan: Plan, passes: Passes, adapter: Adapter, examples: Sequence[Ex
     return told if plan.objective == "classification" else {**told, "perplexity": math.exp(min(loss, _LARGEST_NATS))}
 
 
-def _passes(bundle: Opened, plan: Plan, received: Received, parts: Parts) -> Passes:
+def _passes(bundle: Opened, plan: Plan, received: Received, parts: Parts, node: Node) -> Passes:
     """Over what is beneath the trained directions; near what the stage began from."""
-    size, task = plan.training.batch_size, _TASKS[plan.objective]
-    return Passes(bundle.gradients, task, size, beta=plan.dpo.beta, frozen=parts.frozen, reference=received.reference)
+    return Passes(
+        bundle.gradients,
+        _TASKS[plan.objective],
+        plan.training.batch_size,
+        beta=plan.dpo.beta,
+        frozen=parts.frozen,
+        reference=received.reference,
+        kept=Aside(node.state),
+    )
 
 
 def _tried(bundle: Opened, plan: Plan, examples: Sequence[Example]) -> None:
@@ -205,7 +221,7 @@ def _tried(bundle: Opened, plan: Plan, examples: Sequence[Example]) -> None:
     longest = sorted(examples, key=lambda example: sum(len(row.ids) for row in example), reverse=True)
     parts = divided(Adapter(), bundle.modules(plan), bundle.gradients.start_dense(), plan, fresh=False)
     passes = Passes(bundle.gradients, _TASKS[plan.objective], plan.training.batch_size, beta=plan.dpo.beta)
-    passes.gradient(parts.start, longest[: plan.training.batch_size])
+    passes.gradient(parts.start, longest[: plan.training.batch_size], {})
 
 
 def _same_base(call: Call, node: Node) -> Opened:

@@ -8,10 +8,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
-from edge.runtime.adapting.adamw import AdamW, clipped
+from edge.runtime.adapting.adamw import AdamW, shortening
+from edge.runtime.adapting.aside import Aside
 from edge.runtime.adapting.passes import Example, Passes
 from edge.runtime.adapting.personal import tensors, with_tensors
 from edge.runtime.adapting.schedule import share
@@ -47,6 +49,7 @@ class Round:
         own_labels: The rows of the head that train; None for all.
         stretch: Where on the schedule the round is.
         stop: Why it must end now; empty while it may go on.
+        folder: Where moments and gradients lie meanwhile; None for the system's own place.
     """
 
     plan: Plan
@@ -55,6 +58,7 @@ class Round:
     own_labels: frozenset[int] | None
     stretch: Stretch
     stop: Callable[[], str] = lambda: ""
+    folder: Path | None = None
 
 
 def divided(
@@ -101,25 +105,24 @@ def fit(passes: Passes, start: Adapter, asked: Round) -> tuple[Adapter, dict[str
     size = settings.batch_size * settings.gradient_accumulation_steps
     a_pass = -(-len(asked.examples) // size)
     steps = settings.max_steps or math.ceil(settings.num_train_epochs * a_pass)
-    now = tensors(start)
+    now = {name: each.copy() for name, each in tensors(start).items()}
     masks = _masks(start, asked.own_labels, len(plan.data.labels or ()))
     groups = _groups(now, asked, steps)
-    moments = [optimiser.start({name: now[name] for name in names}) for optimiser, names in groups]
-    losses = []
+    moments = [Aside(asked.folder, optimiser.start({name: now[name] for name in names})) for optimiser, names in groups]
+    losses, raw = [], Aside(asked.folder)
     for step in range(steps):
-        found = passes.gradient(with_tensors(start, now), _drawn(asked, step, size, a_pass), asked.stop)
+        loss = passes.gradient(with_tensors(start, now), _drawn(asked, step, size, a_pass), raw, asked.stop)
         why = asked.stop()
-        if found is None or why:
+        if loss is None or why:
             raise NotNowError(f"step {step + 1} of {steps}: {why}; nothing of the round is sent")
-        loss, raw = found
-        trained = {name: raw[name] * masks.get(name, np.float32(1)) for _, names in groups for name in names}
-        if not math.isfinite(loss) or not all(np.isfinite(each).all() for each in trained.values()):
+        for name, mask in masks.items():
+            raw[name] = raw[name] * mask
+        shortened = shortening((raw[name] for _, names in groups for name in names), settings.max_grad_norm)
+        if not (math.isfinite(loss) and math.isfinite(shortened)):
             raise DivergenceError(f"step {step + 1}: the loss is no number any more; take a lower training.learning_rate")
         losses.append(loss)
-        short, _ = clipped(trained, settings.max_grad_norm)
-        for at, (optimiser, names) in enumerate(groups):
-            moved, moments[at] = optimiser.step({name: now[name] for name in names}, short, moments[at], step + 1)
-            now |= moved
+        for (optimiser, names), held in zip(groups, moments, strict=True):
+            optimiser.step({name: now[name] for name in names}, raw, held, step + 1, shortened)
     told = {"train-loss": float(np.mean(losses)), "train-steps": float(steps), "train-seconds": time.perf_counter() - begun}
     return with_tensors(start, now), told
 

@@ -74,7 +74,10 @@ AdapterName = Annotated[str, StringConstraints(pattern="^[A-Za-z0-9][A-Za-z0-9_-
 class AggregationSettings(Strict):
     """How updates become the next global adapter; a rule's own settings are refused beside another rule."""
 
-    rule: RuleName = Field("product-delta", description="one of server/aggregation, each named after its paper")
+    rule: RuleName = Field(
+        "product-delta",
+        description="one of server/aggregation, each named after its paper; under privacy fedavg, but beside start",
+    )
     rank_cap: PositiveInt = Field(64, le=16384, description="largest rank of the global adapter")
     server_learning_rate: PositiveFloat | None = Field(
         None, le=1000, description="factor on the merged change, 1; fedadam, fedyogi: length of a step per number, 0.01"
@@ -113,6 +116,9 @@ class RoundSettings(Strict):
     wire: WireFormat = Field("fp32", description="numbers of an update on the wire")
     wire_down: WireFormat = Field("fp32", description="numbers of the global adapter on the wire")
     evaluate_every: NonNegativeInt = Field(1, description="rounds between evaluations through the nodes; 0 = only at the end")
+    evaluators: PositiveInt | None = Field(
+        None, le=MOST_NODES, description="nodes that measure the global adapter, drawn anew each time; all"
+    )
     tensorboard: bool = Field(False, description="also write the figures of each round for TensorBoard")
     cluster: bool = Field(False, description="split the nodes where their updates disagree, each part with its own adapter")
     seed: int = Field(0, ge=0, lt=2**32, description="draws the cohorts and what a rule draws")
@@ -159,6 +165,14 @@ class Federation(Strict):
     stop: StopSettings = StopSettings()
     start: Path | None = Field(None, description="adapter folder that the first round goes on from")
     output: Path = Field(Path("runs/federation"), description="folder that keeps every round")
+
+    @model_validator(mode="after")
+    def _rule_under_noise(self) -> "Federation":
+        """Noise hits one sum of the lowest rank least: the best of three by ``benchmarks.private_quality``."""
+        if self.privacy.enabled and not self.start and "rule" not in self.aggregation.model_fields_set:
+            chosen = self.aggregation.model_copy(update={"rule": "fedavg"})
+            object.__setattr__(self, "aggregation", chosen)  # a default among settings that nobody changes afterwards
+        return self
 
     @model_validator(mode="after")
     def _without_conflicts(self) -> "Federation":

@@ -1,20 +1,21 @@
 """Gradients of an adapter on a device: numpy and onnxruntime, a layer at a time.
 
-Forward, each layer's input is kept and nothing else; backward, each layer is computed again from it (Chen et al. 2016,
-arXiv:1604.06174). A layer's weights are read when their turn comes, both ways. So the peak of memory is one layer's weights in
-float32, one layer's activations, a part of the head, and one state per layer.
+Forward, what goes into every fourth layer is kept, where the caller says, and nothing else; backward, four layers at a time,
+what goes into the others is computed again from it, and each layer once more for its gradient (Chen et al. 2016,
+arXiv:1604.06174, over whole layers). A layer's weights are read when their turn comes, each time. So the peak of memory is one
+layer's weights in float32, one layer's activations, a part of the head, and four states, however many layers there are.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
 from edge.runtime.head import ClassifierHead, DecoderHead
-from edge.runtime.heap import give_back
+from edge.runtime.heap import give_back, keep_large_apart
 from edge.runtime.manifest import BundleManifest
 from edge.runtime.opening import RESOURCES, STATE, Trusted, opened_bundle
 from edge.runtime.session import Resources, check_version
@@ -35,6 +36,8 @@ from protocol.adapter import Adapter, Factors
 from protocol.errors import AdapterError, BundleError, shown
 
 Array = NDArray[Any]
+Side: TypeAlias = Literal["A", "B", "D"]
+_STRETCH: Final = 4  # layers; more of them hold more states at once, fewer keep more
 
 
 def open(  # noqa: A001 - gradient.open says what it does, model.open what it takes
@@ -76,6 +79,7 @@ class Gradients:
         if manifest.training is None or manifest.kind == "embedder":
             raise BundleError(f"{folder}: has no training graphs; export it again with --trainable, as a decoder or classifier")
         check_version(manifest.minimum_onnxruntime)
+        keep_large_apart()
         sizes = {path: file.size_bytes for path, file in manifest.files.items()}
         self._plan = parsed(content(folder, manifest, PLAN), sizes)
         self.manifest = manifest
@@ -99,12 +103,6 @@ class Gradients:
         }
         self.modules: Mapping[str, tuple[int, int]] = within | self._head.modules
         self.dense = {name: manifest.dense[name] for name in self._head.dense}
-        # A module that is not trained has factors of rank 1 that change nothing: operators want sizes above 0.
-        self._nothing = {
-            f"{module}.{side}": _value(np.zeros(shape, np.float32))
-            for module, (d_in, d_out) in self.modules.items()
-            for side, shape in (("A", (1, d_in)), ("B", (d_out, 1)))
-        }
 
     def close(self) -> None:
         """Lets go of the bundle's files."""
@@ -118,13 +116,41 @@ class Gradients:
     def loss_and_gradients(
         self, rows: Sequence[Row], adapter: Adapter, *, objective: Objective | None = None, count: float | None = None
     ) -> Gradient:
-        """One forward and one backward pass.
+        """One forward and one backward pass, and the whole gradient at once; arguments and errors as of ``learn``."""
+        found: dict[tuple[Side, str], Array] = {}
+
+        def put(side: Side, name: str, array: Array) -> None:
+            found[side, name] = found[side, name] + array if (side, name) in found else array
+
+        loss, scored = self.learn(rows, adapter, put, objective=objective, count=count)
+        factors = {
+            module: Factors(found["A", module], found["B", module], pair.scaling) for module, pair in adapter.factors.items()
+        }
+        return Gradient(loss, Adapter(factors, {name: found["D", name] for name in adapter.dense}), scored)
+
+    def learn(
+        self,
+        rows: Sequence[Row],
+        adapter: Adapter,
+        put: Callable[[Side, str, Array], None],
+        *,
+        objective: Objective | None = None,
+        count: float | None = None,
+        kept: MutableMapping[str, Array] | None = None,
+    ) -> tuple[float, Scored]:
+        """One forward and one backward pass, which gives away each gradient as soon as it is known.
 
         Args:
             rows: A batch.
             adapter: What is trained: factors of any of ``modules``, and all of ``dense`` or nothing of it.
+            put: Takes the gradient of a module's A or B, or of a whole tensor (D), by its name; of layers that share their
+                parameters several, which add up.
             objective: Of the rows' log-probabilities; without it their mean negative over what is learnt.
             count: What to divide by in place of how much is learnt in this batch: that of all batches of a step.
+            kept: Holds what goes into some layers until the way back; by default memory does.
+
+        Returns:
+            What was minimised, and the forward pass.
 
         Raises:
             AdapterError: The adapter does not fit.
@@ -132,31 +158,44 @@ class Gradients:
         """
         self.check(adapter)
         self.check_rows(rows, adapter)
-        batch, factors = padded(rows, self._pad), self._factors(adapter)
-        kept: list[Value] = []
-        last, shared = self._through(batch, factors, kept)
-        told = self._head.learn(last.numpy(), rows, batch, self._behind(factors), objective, count)
+        batch, lowest = padded(rows, self._pad), self._lowest(adapter)
+        layers, kept = len(self._plan.layers), {} if kept is None else kept
+        starts = range(lowest, layers, _STRETCH)
+        last, shared = self._through(batch, adapter, starts, kept)
+        told = self._head.learn(last.numpy(), rows, batch, self._behind(adapter), objective, count)
         give_back()
-        found = {name: array for name, array in told.gradients.items() if self._trained(name, adapter)}
-        dx, lowest = _value(told.dx), self._lowest(adapter)
-        for number in reversed(range(lowest, len(self._plan.layers))):
-            given = {"x": kept.pop(), "dy": dx, **shared}
-            layer = self._plan.layers[number]
-            back = self._back(layer, given, factors, adapter, goes_on=number > lowest)
-            dx = back.pop("dx", dx)
-            for name, value in back.items():
-                array = value.numpy()
-                found[name] = found[name] + array if name in found else array
-        give_back()
-        return Gradient(told.loss, _as_adapter(found, adapter), told.scored)
+
+        def give(name: str, array: Array) -> None:
+            module, _, side = name.rpartition(".")
+            if module in adapter.factors:
+                scaling = adapter.factors[module].scaling
+                put("A", module, array) if side == "A" else put("B", module, array * np.float32(scaling))
+            elif (whole := name.removeprefix("dense.")) in adapter.dense:
+                put("D", whole, array)
+
+        for name, array in told.gradients.items():
+            give(name, array)
+        dx = _value(told.dx)
+        for first in reversed(starts):
+            stretch = range(first, min(first + _STRETCH, layers))
+            inputs = [_value(kept.pop(str(first)))]
+            for number in stretch[:-1]:
+                inputs.append(self._layer(number, inputs[-1], shared, adapter))
+            for number in reversed(stretch):
+                back = self._back(number, {"x": inputs.pop(), "dy": dx, **shared}, adapter, goes_on=number > lowest)
+                dx = back.pop("dx", dx)
+                for name, value in back.items():
+                    give(name, value.numpy())
+            give_back()
+        return told.loss, told.scored
 
     def score(self, rows: Sequence[Row], adapter: Adapter) -> Scored:
         """A forward pass alone; arguments and errors as of ``loss_and_gradients``."""
         self.check(adapter)
         self.check_rows(rows, adapter)
-        batch, factors = padded(rows, self._pad), self._factors(adapter)
-        last, _ = self._through(batch, factors, None)
-        return self._head.score(last.numpy(), rows, batch, self._behind(factors))
+        batch = padded(rows, self._pad)
+        last, _ = self._through(batch, adapter, (), {})
+        return self._head.score(last.numpy(), rows, batch, self._behind(adapter))
 
     def check(self, adapter: Adapter) -> None:
         """Makes sure that an adapter can be trained here.
@@ -221,22 +260,34 @@ class Gradients:
         for name, tensor in adapter.dense.items():
             yield name, tensor, self.dense[name]
 
-    def _factors(self, adapter: Adapter) -> dict[str, Value]:
-        """Both factors of every module, and the head, by name; the scaling in B."""
-        given = dict(self._nothing)
-        for module, pair in adapter.factors.items():
-            given[f"{module}.A"] = _value(pair.A.astype(np.float32, copy=False))
-            given[f"{module}.B"] = _value((pair.B * np.float32(pair.scaling)).astype(np.float32, copy=False))
+    def _of(self, adapter: Adapter, module: str) -> dict[str, Value]:
+        """Both factors of a module by their side, the scaling in B; of one that is not trained, rank 1 that changes nothing.
+
+        Operators want sizes above 0.
+        """
+        pair = adapter.factors.get(module)
+        if pair is None:
+            d_in, d_out = self.modules[module]
+            return {"A": _value(np.zeros((1, d_in), np.float32)), "B": _value(np.zeros((d_out, 1), np.float32))}
+        B = (pair.B * np.float32(pair.scaling)).astype(np.float32, copy=False)
+        return {"A": _value(pair.A.astype(np.float32, copy=False)), "B": _value(B)}
+
+    def _behind(self, adapter: Adapter) -> dict[str, Value]:
+        """What the head's graphs take of an adapter; the base's own head where it has none."""
         whole = adapter.dense or self.start_dense()
-        return given | {f"dense.{name}": _value(tensor.astype(np.float32, copy=False)) for name, tensor in whole.items()}
+        return {
+            **{
+                f"lora.{module}.{side}": each
+                for module in self._head.modules
+                for side, each in self._of(adapter, module).items()
+            },
+            **{f"dense.{name}": _value(whole[name].astype(np.float32, copy=False)) for name in self.dense},
+        }
 
-    def _behind(self, factors: Mapping[str, Value]) -> dict[str, Value]:
-        """What the head's graphs take of them."""
-        told = {f"lora.{module}.{side}": factors[f"{module}.{side}"] for module in self._head.modules for side in "AB"}
-        return told | {f"dense.{name}": factors[f"dense.{name}"] for name in self.dense}
-
-    def _through(self, batch: Padded, factors: Mapping[str, Value], kept: list[Value] | None) -> tuple[Value, dict[str, Value]]:
-        """The last states, and what all layers share; what goes into each layer is kept where that is wanted."""
+    def _through(
+        self, batch: Padded, adapter: Adapter, starts: Sequence[int], kept: MutableMapping[str, Array]
+    ) -> tuple[Value, dict[str, Value]]:
+        """The last states, and what all layers share; what goes into some layers is kept under their numbers."""
         numbers, tokens = np.unique(batch.ids, return_inverse=True)
         given = {
             "input_ids": _value(batch.ids),
@@ -250,35 +301,35 @@ class Gradients:
             given[f"{WEIGHT}{name}"] = _value(table)
         shared = self._front.run(given, self._front.outputs)
         x = shared.pop("x")
-        for layer in self._plan.layers:
-            if kept is not None:
-                kept.append(x)
-            graph = self._forward[layer.kind]
-            x = graph.run({"x": x, **shared, **self._of_layer(graph, layer, factors)}, ("y",))["y"]
+        for number in range(len(self._plan.layers)):
+            if number in starts:
+                kept[str(number)] = x.numpy()
+            x = self._layer(number, x, shared, adapter)
         give_back()
         return x, shared
 
-    def _back(
-        self,
-        layer: Layer,
-        given: Mapping[str, Value],
-        factors: Mapping[str, Value],
-        adapter: Adapter,
-        *,
-        goes_on: bool,
-    ) -> dict[str, Value]:
+    def _layer(self, number: int, x: Value, shared: Mapping[str, Value], adapter: Adapter) -> Value:
+        """What comes out of a layer."""
+        layer = self._plan.layers[number]
+        graph = self._forward[layer.kind]
+        return graph.run({"x": x, **shared, **self._of_layer(graph, layer, adapter)}, ("y",))["y"]
+
+    def _back(self, number: int, given: Mapping[str, Value], adapter: Adapter, *, goes_on: bool) -> dict[str, Value]:
         """Gradients of a layer by name, and of what went into it where it goes on."""
+        layer = self._plan.layers[number]
         graph = self._backward[layer.kind]
         wanted = ["dx"] if goes_on else []
         names = {f"grad.{module}.{side}": f"{layer.module}.{module}.{side}" for module in graph.modules() for side in "AB"}
-        wanted += [output for output, name in names.items() if self._trained(name, adapter)]
-        told = graph.run({**given, **self._of_layer(graph, layer, factors)}, wanted)
+        wanted += [output for output, name in names.items() if name[:-2] in adapter.factors]
+        told = graph.run({**given, **self._of_layer(graph, layer, adapter)}, wanted)
         return {names.get(output, output): value for output, value in told.items()}
 
-    def _of_layer(self, graph: TrainingGraph, layer: Layer, factors: Mapping[str, Value]) -> dict[str, Value]:
+    def _of_layer(self, graph: TrainingGraph, layer: Layer, adapter: Adapter) -> dict[str, Value]:
         held = {f"{WEIGHT}{name}": _value(self._weights.read(f"{layer.module}.{name}", name)) for name in graph.weights()}
         beside = {
-            f"lora.{module}.{side}": factors[f"{layer.module}.{module}.{side}"] for module in graph.modules() for side in "AB"
+            f"lora.{module}.{side}": each
+            for module in graph.modules()
+            for side, each in self._of(adapter, f"{layer.module}.{module}").items()
         }
         return held | beside
 
@@ -288,10 +339,6 @@ class Gradients:
             if any(f"{layer.module}.{module}" in adapter.factors for module in self._backward[layer.kind].modules()):
                 return number
         return len(self._plan.layers)
-
-    def _trained(self, name: str, adapter: Adapter) -> bool:
-        """Whether a gradient (``{module}.A|B``, ``dense.{name}``) is wanted."""
-        return name[:-2] in adapter.factors or name.removeprefix("dense.") in adapter.dense
 
     def _check_weights(self, folder: Path) -> None:
         """Every weight that a graph takes has a place, and its shape."""
@@ -307,15 +354,6 @@ class Gradients:
                 isinstance(size, int) and size != have for size, have in zip(shape, found, strict=True)
             ):
                 raise BundleError(f"{folder}: {shown(name, 200)} is {found}, its graph wants {shape}; make the bundle anew")
-
-
-def _as_adapter(found: Mapping[str, Array], adapter: Adapter) -> Adapter:
-    """Gradients by the factors as they were given: B's goes through its scaling."""
-    factors = {
-        module: Factors(found[f"{module}.A"], found[f"{module}.B"] * np.float32(pair.scaling), pair.scaling)
-        for module, pair in adapter.factors.items()
-    }
-    return Adapter(factors, {name: found[f"dense.{name}"] for name in adapter.dense})
 
 
 def _value(array: Array) -> Value:

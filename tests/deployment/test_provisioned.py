@@ -38,7 +38,7 @@ def terminals(tmp_path: Path) -> Iterator[Terminals]:
     """In a checkout of their own: what is signed must stay as it is."""
     app = tmp_path / "checkout"
     app.mkdir()
-    for name in ("client", "protocol", "server", "strategies"):
+    for name in ("client", "edge", "protocol", "server", "strategies"):
         shutil.copytree(ROOT / name, app / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, app)

@@ -1,6 +1,7 @@
 """AdamW in numpy over named tensors, and the two things done to gradients and rates before it: clipping and warm-up."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,33 +41,43 @@ class AdamW:
         return {f"{moment}|{name}": np.zeros_like(tensor) for moment in "mv" for name, tensor in tensors.items()}
 
     def step(
-        self, tensors: Tensors, gradients: Tensors, moments: Tensors, number: int
-    ) -> tuple[dict[str, Array], dict[str, Array]]:
-        """Tensors and moments after a step; nothing that is given changes.
+        self,
+        tensors: Tensors,
+        gradients: Tensors,
+        moments: MutableMapping[str, Array],
+        number: int,
+        shortened: float = 1.0,
+    ) -> None:
+        """Takes a step, a tensor at a time: no second set of all of them is ever there.
 
         Args:
-            tensors: Float32.
+            tensors: Float32; changed where they are.
             gradients: Of each of them.
-            moments: From ``start`` or the step before.
+            moments: From ``start``; changed, and put back.
             number: Of this step, from 1.
+            shortened: Factor on the gradients.
         """
         first, second = self.betas
         rate = np.float32(self.rate(number))
         correction, root = np.float32(1 - first**number), np.float32((1 - second**number) ** 0.5)
-        stepped: dict[str, Array] = {}
-        moved: dict[str, Array] = {}
         for name, tensor in tensors.items():
-            gradient = gradients[name]
-            m = np.float32(first) * moments[f"m|{name}"] + np.float32(1 - first) * gradient
-            v = np.float32(second) * moments[f"v|{name}"] + np.float32(1 - second) * gradient * gradient
-            kept = tensor * np.float32(1 - float(rate) * self.weight_decay)
-            stepped[name] = kept - rate / correction * m / (np.sqrt(v) / root + np.float32(self.eps))
-            moved |= {f"m|{name}": m, f"v|{name}": v}
-        return stepped, moved
+            gradient = gradients[name] * np.float32(shortened)
+            m, v = moments[f"m|{name}"], moments[f"v|{name}"]
+            m *= np.float32(first)
+            m += np.float32(1 - first) * gradient
+            v *= np.float32(second)
+            v += np.float32(1 - second) * gradient * gradient
+            moments[f"m|{name}"], moments[f"v|{name}"] = m, v
+            tensor *= np.float32(1 - float(rate) * self.weight_decay)
+            tensor -= rate / correction * m / (np.sqrt(v) / root + np.float32(self.eps))
 
 
-def clipped(gradients: Tensors, most: float) -> tuple[dict[str, Array], float]:
-    """Gradients whose common norm is at most ``most``, and that norm before (Pascanu et al. 2013, arXiv:1211.5063)."""
-    norm = float(sum(float(np.sum(np.square(each, dtype=np.float64))) for each in gradients.values()) ** 0.5)
-    factor = np.float32(min(1.0, most / norm)) if norm > 0 else np.float32(1)
-    return {name: each * factor for name, each in gradients.items()}, norm
+def shortening(gradients: Iterable[Array], most: float) -> float:
+    """The factor that makes the common norm of gradients at most ``most`` (Pascanu et al. 2013, arXiv:1211.5063, algorithm 1).
+
+    NaN where one of them is no number.
+    """
+    norm = float(sum(float(np.sum(np.square(each, dtype=np.float64))) for each in gradients) ** 0.5)
+    if not math.isfinite(norm):
+        return math.nan
+    return min(1.0, most / norm) if norm else 1.0

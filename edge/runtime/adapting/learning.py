@@ -7,26 +7,30 @@ step alone: a training that was killed goes on to the same adapter, to the bit, 
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Final, Literal
 
 import numpy as np
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from edge.runtime.adapting.adamw import AdamW, clipped
+from edge.runtime.adapting.adamw import AdamW, shortening
+from edge.runtime.adapting.aside import Aside
 from edge.runtime.adapting.budget import Meter
 from edge.runtime.adapting.passes import Example, Figures, Passes
 from edge.runtime.adapting.personal import tensors, with_tensors
 from edge.runtime.adapting.preference import Array
 from edge.runtime.adapting.rows import Examples
-from edge.runtime.adapting.state import State, Trail
+from edge.runtime.adapting.state import State, Trail, check_room
 from edge.runtime.gradient import Gradients
 from protocol.adapter import Adapter, Factors
 from protocol.errors import ConfigurationError, DivergenceError
 from protocol.strict import Strict
 
 Watch = Callable[[int, float], None]
+# Sets of all trained tensors: start, now, best and two moments in both states and a draft, and what is put aside.
+_KEPT: Final = 3 * 5 + 5
 
 
 class Settings(Strict):
@@ -132,9 +136,9 @@ class Learning:
         watch: Watch = lambda step, loss: None,
     ) -> None:
         self._settings, self._task = settings, examples.task
-        self._start, self._frozen, self._trail, self._watch = start, frozen or Adapter(), trail, watch
-        self._passes = Passes(gradients, examples.task, settings.batch_size, beta=settings.beta, frozen=self._frozen)
-        self._passes.refer_to(self._passes.whole(start))
+        self._adapter, self._frozen, self._trail, self._watch = start, frozen or Adapter(), trail, watch
+        kept = Aside(trail.folder)
+        self._passes = Passes(gradients, self._task, settings.batch_size, beta=settings.beta, frozen=self._frozen, kept=kept)
         self._held_out, self._training = _apart(examples.rows, settings)
         self._probe, self._replay = _apart(replay.rows, settings) if replay else ((), ())
         self._optimiser = AdamW(settings.learning_rate, weight_decay=settings.weight_decay, warmup_steps=settings.warmup_steps)
@@ -148,17 +152,16 @@ class Learning:
 
         Raises:
             DivergenceError: The loss is no number any more; the state is forgotten.
+            HardwareError: No room for the state.
         """
+        check_room(self._trail.folder, _KEPT * sum(each.nbytes for each in tensors(self._adapter).values()))
         state, said = self._trail.newest()
         if state is not None and state.facts.get("identity") != self._identity:
             said.append("a training of other rows, settings or another start was unfinished here; it is given up")
             state = None
-        if state is None:
-            at = self._begun()
-        else:
-            at = _Place.of(state, self._start)
-            self._start = with_tensors(self._start, at.start)
-            self._passes.refer_to(self._passes.whole(self._start))
+        at = self._begun() if state is None else _Place.of(state, self._trail.folder)
+        if self._task == "dpo":
+            self._passes.refer_to(self._passes.whole(with_tensors(self._adapter, at.start)))
         stopped = ""
         while not (ended := self._ended(at)) and not (stopped := meter.over()):
             stepped = self._step(at, meter)
@@ -172,8 +175,10 @@ class Learning:
             self._trail.keep(at.state(self._identity))
         if at.step % self._settings.evaluate_every:
             at = self._measured(at)
-        best = with_tensors(self._start, at.best)
-        forgot = (self.measure(self._start, self._probe), self.measure(best, self._probe)) if self._probe else None
+        best = with_tensors(self._adapter, at.best)
+        forgot = None
+        if self._probe:
+            forgot = self.measure(with_tensors(self._adapter, at.start), self._probe), self.measure(best, self._probe)
         return Learnt(best, at.before, at.found, forgot, at.step, ended, stopped, said)
 
     @property
@@ -194,28 +199,24 @@ class Learning:
     def _step(self, at: "_Place", meter: Meter) -> "_Place | None":
         """The next place; None where the budget was spent on the way, and nothing of the step is kept."""
         examples = self._drawn(at.step)
-        adapter = with_tensors(self._start, at.tensors)
-        found = (
-            self._passes.gradient(adapter, examples, meter.over)
-            if self._settings.method == "gradient"
-            else self._looked(adapter, examples, at, meter)
-        )
-        if found is None:
+        self._adapter = adapter = with_tensors(self._adapter, at.tensors)
+        if self._settings.method == "gradient":
+            loss = self._passes.gradient(adapter, examples, at.gradients, meter.over)
+        else:
+            loss = self._looked(adapter, examples, at, meter)
+        if loss is None:
             return None
-        loss, gradients = found
-        if not math.isfinite(loss) or not all(np.isfinite(each).all() for each in gradients.values()):
+        shortened = shortening(at.gradients.values(), self._settings.max_grad_norm)
+        if not (math.isfinite(loss) and math.isfinite(shortened)):
             self._trail.forget()
             raise DivergenceError(
                 f"step {at.step + 1}: the loss is no number any more; lower the learning rate; nothing is kept"
             )
-        short, _ = clipped(gradients, self._settings.max_grad_norm)
-        moved, moments = self._optimiser.step(at.tensors, short, at.moments, at.step + 1)
+        self._optimiser.step(at.tensors, at.gradients, at.moments, at.step + 1, shortened)
         self._watch(at.step + 1, loss)
-        return at.moved(moved, moments)
+        return replace(at, step=at.step + 1)
 
-    def _looked(
-        self, adapter: Adapter, examples: Sequence[Example], at: "_Place", meter: Meter
-    ) -> tuple[float, dict[str, Array]] | None:
+    def _looked(self, adapter: Adapter, examples: Sequence[Example], at: "_Place", meter: Meter) -> float | None:
         """A gradient's estimate from two looks along one drawn direction (Malladi et al. 2023, arXiv:2305.17333, eq. 1)."""
         generator = np.random.default_rng((self._settings.seed, at.step))
         direction = {name: generator.standard_normal(each.shape, np.float32) for name, each in at.tensors.items()}
@@ -226,14 +227,18 @@ class Learning:
                 return None
             losses.append(self.measure(moved, examples).loss)
         slope = np.float32((losses[0] - losses[1]) / (2 * float(step)))
-        return sum(losses) / 2, {name: slope * each for name, each in direction.items()}
+        at.gradients.update({name: slope * each for name, each in direction.items()})
+        return sum(losses) / 2
 
     # Where it stands ------------------------------------------------------------------------------------------------------
 
     def _begun(self) -> "_Place":
-        own = tensors(self._start)
-        before = self.measure(self._start, self._held_out)
-        return _Place(0, own, own, self._optimiser.start(own), own, before, before, 0)
+        if self._task == "dpo":
+            self._passes.refer_to(self._passes.whole(self._adapter))
+        own, folder = {name: each.copy() for name, each in tensors(self._adapter).items()}, self._trail.folder
+        before = self.measure(self._adapter, self._held_out)
+        moments = Aside(folder, self._optimiser.start(own))
+        return _Place(0, Aside(folder, own), own, moments, Aside(folder), Aside(folder, own), before, before, 0)
 
     def _ended(self, at: "_Place") -> str:
         if at.step >= self._settings.epochs * self._steps():
@@ -244,9 +249,9 @@ class Learning:
 
     def _measured(self, at: "_Place") -> "_Place":
         if not self._held_out:
-            return at.best_is(at.tensors, at.found)
-        found = self.measure(with_tensors(self._start, at.tensors), self._held_out)
-        return at.best_is(at.tensors, found) if found.loss < at.found.loss else at.no_better()
+            return at.best_is_now(at.found)
+        found = self.measure(with_tensors(self._adapter, at.tensors), self._held_out)
+        return at.best_is_now(found) if found.loss < at.found.loss else at.no_better()
 
     def _steps(self) -> int:
         """Of a pass."""
@@ -270,7 +275,7 @@ class Learning:
 
     def _identified(self) -> str:
         """What a state belongs to: rows, settings and the places that are trained; where it began is in the state itself."""
-        shapes = {name: list(each.shape) for name, each in tensors(self._start).items()}
+        shapes = {name: list(each.shape) for name, each in tensors(self._adapter).items()}
         rows = [
             [[list(row.ids), row.labels if isinstance(row.labels, int) else list(row.labels)] for row in each]
             for each in (*self._held_out, *self._training, *self._probe, *self._replay)
@@ -285,31 +290,37 @@ class _Place:
 
     Attributes:
         start: Where it began.
-        tensors, moments: After the step.
+        tensors, moments: After the step; the next step changes them.
+        gradients: Of the step.
         best: Tensors of the best measurement; the start's, where none was better.
         before, found: Figures of the start and of the best.
         worse: Measurements since.
     """
 
     step: int
-    start: Mapping[str, Array]
-    tensors: Mapping[str, Array]
-    moments: Mapping[str, Array]
-    best: Mapping[str, Array]
+    start: Aside
+    tensors: dict[str, Array]
+    moments: Aside
+    gradients: Aside
+    best: Aside
     before: Figures
     found: Figures
     worse: int
 
     @classmethod
-    def of(cls, state: State, start: Adapter) -> "_Place":
-        facts, arrays = state.facts, state.arrays
-        names = list(tensors(start))
+    def of(cls, state: State, folder: Path) -> "_Place":
+        facts = state.facts
+        parts: dict[str, dict[str, Array]] = {"start": {}, "now": {}, "moment": {}, "best": {}}
+        for name, array in state.arrays.items():
+            part, _, own = name.partition("|")
+            parts[part][own] = array
         return cls(
             int(facts["step"]),
-            {name: arrays[f"start|{name}"] for name in names},
-            {name: arrays[f"now|{name}"] for name in names},
-            {name: arrays[f"moment|{name}"] for each in names for name in (f"m|{each}", f"v|{each}")},
-            {name: arrays[f"best|{name}"] for name in names},
+            Aside(folder, parts["start"]),
+            {name: each.copy() for name, each in parts["now"].items()},
+            Aside(folder, parts["moment"]),
+            Aside(folder),
+            Aside(folder, parts["best"]),
             Figures(*facts["before"]),
             Figures(*facts["found"]),
             int(facts["worse"]),
@@ -321,11 +332,9 @@ class _Place:
         parts = {"start": self.start, "now": self.tensors, "moment": self.moments, "best": self.best}
         return State(facts, {f"{part}|{name}": each for part, held in parts.items() for name, each in held.items()})
 
-    def moved(self, own: Mapping[str, Array], moments: Mapping[str, Array]) -> "_Place":
-        return replace(self, step=self.step + 1, tensors=own, moments=moments)
-
-    def best_is(self, own: Mapping[str, Array], found: Figures) -> "_Place":
-        return replace(self, best=own, found=found, worse=0)
+    def best_is_now(self, found: Figures) -> "_Place":
+        self.best.update(self.tensors)
+        return replace(self, found=found, worse=0)
 
     def no_better(self) -> "_Place":
         return replace(self, worse=self.worse + 1)

@@ -1,14 +1,14 @@
 """What examples say of an adapter: a step's gradient over micro-batches, and figures without one; for whoever trains here."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from edge.runtime.adapting.personal import on_top, tensors
+from edge.runtime.adapting.personal import on_top
 from edge.runtime.adapting.preference import Array, dpo
 from edge.runtime.adapting.rows import Task
-from edge.runtime.gradient import Gradients
+from edge.runtime.gradient import Gradients, Side
 from edge.runtime.training_rows import Row, Scored, learnt
 from protocol.adapter import Adapter
 
@@ -38,6 +38,7 @@ class Passes:
         beta: DPO: how near the reference it stays.
         frozen: An adapter beneath the trained one that stays as it is.
         reference: DPO: the adapter to stay near, with everything that is beneath it.
+        kept: Holds what goes into some layers until the way back; by default memory does.
     """
 
     def __init__(
@@ -49,10 +50,12 @@ class Passes:
         beta: float = 0.1,
         frozen: Adapter | None = None,
         reference: Adapter | None = None,
+        kept: MutableMapping[str, Array] | None = None,
     ) -> None:
         self._gradients, self._task, self._size, self._beta = gradients, task, size, beta
         self._frozen, self._reference = frozen or Adapter(), reference or Adapter()
         self._known: dict[int, Array] = {}
+        self._kept = kept
 
     def refer_to(self, reference: Adapter) -> None:
         """Takes another reference."""
@@ -88,44 +91,51 @@ class Passes:
         return Figures(-float(scored.log_probabilities.sum()) / count, int(scored.hits.sum()) / count)
 
     def gradient(
-        self, adapter: Adapter, examples: Sequence[Example], stop: Callable[[], object] = lambda: False
-    ) -> tuple[float, dict[str, Array]] | None:
+        self,
+        adapter: Adapter,
+        examples: Sequence[Example],
+        into: MutableMapping[str, Array],
+        stop: Callable[[], object] = lambda: False,
+    ) -> float | None:
         """Loss and gradient of one step, micro-batch by micro-batch, as of all its examples at once.
 
         Args:
             adapter: What is trained.
             examples: Of the step.
+            into: Takes the gradients, by ``personal.tensors``' names; what was in it is forgotten.
             stop: Asked between micro-batches.
 
         Returns:
-            The loss, and gradients by ``personal.tensors``' names; None where it was told to stop.
+            The loss; None where it was told to stop.
         """
+        into.clear()
         parts = self._parts(examples)
         total = sum(map(self._weight, parts))
         whole = self.whole(adapter)
-        loss, summed = 0.0, {name: np.zeros_like(each) for name, each in tensors(adapter).items()}
+
+        def put(side: Side, name: str, array: Array) -> None:
+            if name in (adapter.dense if side == "D" else adapter.factors):
+                key, own = f"{side}|{name}", self._own(side, name, array, adapter)
+                into[key] = into[key] + own if key in into else own
+
+        loss = 0.0
         for number, part in enumerate(parts):
             if number and stop():
                 return None
             rows = [row for each in part for row in each]
             objective = dpo(self._known_of(part), self._beta, int(total)) if self._task == "dpo" else None
-            found = self._gradients.loss_and_gradients(rows, whole, objective=objective, count=total)
-            loss += found.loss
-            for name, each in self.own(found.gradients, adapter).items():
-                summed[name] += each
-        return loss, summed
+            loss += self._gradients.learn(rows, whole, put, objective=objective, count=total, kept=self._kept)[0]
+        return loss
 
-    def own(self, gradients: Adapter, adapter: Adapter) -> dict[str, Array]:
-        """Of the gradients those of what is trained, with respect to it."""
-        found: dict[str, Array] = {}
-        for module, pair in adapter.factors.items():
-            given = gradients.factors[module]
-            below = self._frozen.factors.get(module)
-            if below is None:
-                found |= {f"A|{module}": given.A, f"B|{module}": given.B}
-            else:  # its B carries the scaling inside
-                found |= {f"A|{module}": given.A[below.r :], f"B|{module}": np.float32(pair.scaling) * given.B[:, below.r :]}
-        return found | {f"D|{name}": gradients.dense[name] for name in adapter.dense}
+    def _own(self, side: Side, name: str, array: Array, adapter: Adapter) -> Array:
+        """Of a gradient what is of the trained adapter, with respect to it."""
+        below = self._frozen.factors.get(name) if side != "D" else None
+        if below is None:
+            return array
+        if side == "A":
+            return array[below.r :]
+        own: Array = np.float32(adapter.factors[name].scaling) * array[:, below.r :]  # the joined B holds the scaling
+        return own
 
     def _parts(self, examples: Sequence[Example]) -> list[Sequence[Example]]:
         return [examples[first : first + self._size] for first in range(0, len(examples), self._size)]

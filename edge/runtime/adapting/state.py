@@ -7,7 +7,9 @@ Each file says how long it is and its SHA-256; where the newer one does not hold
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -18,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from protocol.durable import to_disk
-from protocol.errors import AdapterError
+from protocol.errors import AdapterError, HardwareError
 
 Array = NDArray[Any]
 MAGIC: Final = b"fedge-state-1\n"
@@ -76,15 +78,42 @@ def unpacked(content: bytes) -> State:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Bytes under a name, whole or not at all, for the owner's eyes alone."""
+    """Bytes under a name, whole or not at all, for the owner's eyes alone.
+
+    Raises:
+        HardwareError: There is no room; what stood there stands.
+    """
     draft = path.with_name(f".{path.name}.draft")
-    handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(handle, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
-    to_disk(path.parent)
+    try:
+        handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+        to_disk(path.parent)
+    except OSError as error:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+        raise HardwareError(
+            f"{path}: {len(content)} bytes could not be written ({os.strerror(error.errno or 0)}); make room; nothing changed"
+        ) from None
+
+
+def check_room(folder: Path, size: int) -> None:
+    """Makes sure that a disk has room.
+
+    Args:
+        folder: On it.
+        size: Bytes to be written.
+
+    Raises:
+        HardwareError: It has less.
+    """
+    if (free := shutil.disk_usage(folder).free) < size:
+        raise HardwareError(
+            f"{folder}: {free} bytes are free, and a training keeps {size} there; make room; nothing was changed"
+        )
 
 
 def read(path: Path) -> bytes:
@@ -110,7 +139,7 @@ class Trail:
     """
 
     def __init__(self, folder: Path, seal: Seal | None = None) -> None:
-        self._folder, self._seal = folder, seal
+        self.folder, self._seal = folder, seal
         self._next = 0
 
     def newest(self) -> tuple[State | None, list[str]]:
@@ -118,7 +147,7 @@ class Trail:
         found: list[tuple[int, int, State]] = []
         wrong: list[str] = []
         for at, name in enumerate(_FILES):
-            path = self._folder / name
+            path = self.folder / name
             if not path.exists():
                 continue
             try:
@@ -142,12 +171,12 @@ class Trail:
         self._number += 1
         name = _FILES[self._next]
         content = packed(State({**state.facts, "written": self._number}, state.arrays))
-        write(self._folder / name, self._seal.seal(content, name) if self._seal else content)
+        write(self.folder / name, self._seal.seal(content, name) if self._seal else content)
         self._next = 1 - self._next
 
     def forget(self) -> None:
         """The training is over."""
         for name in _FILES:
-            (self._folder / name).unlink(missing_ok=True)
-        to_disk(self._folder)
+            (self.folder / name).unlink(missing_ok=True)
+        to_disk(self.folder)
         self._next = self._number = 0

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge.runtime.adapting.adamw import AdamW, clipped
+from edge.runtime.adapting.adamw import AdamW, shortening
 from edge.runtime.adapting.budget import Budget, Meter, Senses, _battery, _celsius, _charging
 from edge.runtime.adapting.personal import Personal
 from edge.runtime.adapting.preference import dpo
@@ -28,7 +28,7 @@ def test_adamw_is_torchs_for_fifty_steps():
     moments = ours.start(mine)
     for number in range(1, 51):
         gradients = {name: generator.standard_normal(each.shape, np.float32) for name, each in start.items()}
-        mine, moments = ours.step(mine, gradients, moments, number)
+        ours.step(mine, gradients, moments, number)
         for name, parameter in theirs.items():
             parameter.grad = torch.from_numpy(gradients[name])
         oracle.step()
@@ -45,10 +45,12 @@ def test_clipping_is_torchs():
     for parameter, each in zip(theirs, gradients.values(), strict=True):
         parameter.grad = torch.from_numpy(each.copy())
     norm = torch.nn.utils.clip_grad_norm_(theirs, 0.5)
-    short, found = clipped(gradients, 0.5)
-    assert found == pytest.approx(float(norm), rel=1e-6)
-    for parameter, each in zip(theirs, short.values(), strict=True):
-        np.testing.assert_allclose(each, parameter.grad.numpy(), rtol=1e-5)
+    factor = shortening(gradients.values(), 0.5)
+    assert 0.5 / factor == pytest.approx(float(norm), rel=1e-6)
+    assert shortening(gradients.values(), 1e3) == 1
+    assert np.isnan(shortening([*gradients.values(), np.array([np.inf], np.float32)], 0.5))
+    for parameter, each in zip(theirs, gradients.values(), strict=True):
+        np.testing.assert_allclose(factor * each, parameter.grad.numpy(), rtol=1e-5)
 
 
 def test_dpo_and_its_derivative_are_autograds():

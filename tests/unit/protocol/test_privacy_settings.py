@@ -103,7 +103,7 @@ def test_any_other_rule_is_refused_with_noise_too(rule):
         ({"privacy": {"nodes": 100, "delta": 0.02}}, r"expected below 1/100 = 0\.01"),
         (
             {"privacy": {"noise_multiplier": 2.0}},
-            r"5 rounds at a noise multiplier of 2 end at 7\.5\d+, the budget is 4 and buys 1 such rounds",
+            r"5 rounds at a noise multiplier of 2 end at 4\.98\d, the budget is 4 and buys 3 such rounds",
         ),
         ({"privacy": {"quantile": 0.5, "bit_noise": 0.1}}, r"privacy\.bit_noise: found 0\.1 nodes, whose votes alone cost"),
         ({"privacy": {"noise": "nodes"}}, r"privacy\.noise: found nodes without secure_sum\.enabled"),
@@ -170,6 +170,14 @@ def test_a_head_of_its_own_or_one_that_the_start_holds_can_be_private(tmp_path):
     assert private(plan=STEPS | task | {"head": {"local": True}}).privacy.enabled
     content = {"plan": STEPS | task, "rounds": {"minimum_nodes": 20}, "privacy": PRIVATE, "start": str(tmp_path)}
     assert Federation.model_validate(content).privacy.enabled
+
+
+def test_without_a_rule_of_its_own_noise_takes_the_one_that_loses_least(tmp_path):
+    """Oracle: ``benchmarks.private_quality``. A start keeps the rule that goes on from it."""
+    assert private().aggregation.rule == "fedavg"
+    assert private(aggregation={"rule": "product-delta"}).aggregation.rule == "product-delta"
+    assert private(privacy=PRIVATE, aggregation={}).aggregation.rule == "fedavg"
+    assert Federation.model_validate(private().model_dump()) == private()
 
 
 @pytest.mark.parametrize(

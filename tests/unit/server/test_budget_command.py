@@ -111,8 +111,9 @@ def test_a_federation_with_noise_of_its_own_says_what_that_buys(tmp_path):
     )
     found = told(file)
     assert found["mechanism"]["noise"] == "discrete"
-    assert found["epsilon"] == epsilon({Mechanism((3.0, 3.0), 20, 20, noise="discrete"): 4}, 1e-5)
-    assert found["rounds_affordable"] == affordable(Mechanism((3.0, 3.0), 20, 20, noise="discrete"), Budget(8.0, 1e-5))
+    mechanism = Mechanism((3.0,), 20, 20, noise="discrete")
+    assert found["epsilon"] == epsilon({mechanism: 4}, 1e-5)
+    assert found["rounds_affordable"] == affordable(mechanism, Budget(8.0, 1e-5))
     assert told(file, "--epsilon", 2)["noise_multiplier"] > 3  # which noise reaches another budget
 
 
