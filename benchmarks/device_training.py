@@ -13,7 +13,8 @@ same, which other processes disturb less. The first loss is the same of all rows
 
 - torch, torch-checkpointing: float32, without and with gradient checkpointing.
 - torch-nf4: over a base in nf4 (bitsandbytes, ``prepare_model_for_kbit_training``), with checkpointing.
-- fp32, q8, q4: bundles. q4-whole-head: the head at once in place of parts of the vocabulary.
+- fp32, q8, q4: bundles. q4-whole-head: the head at once in place of parts of the vocabulary. int8-dynamic: layers forward over
+  integers as they are stored.
 
 ``--folder`` keeps models and bundles, and uses those that are there. Making one needs its float32 weights in memory three times
 over. The last line is JSON.
@@ -30,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 TORCH = ("torch", "torch-checkpointing", "torch-nf4")
-BUNDLES = ("fp32", "q8", "q4", "q4-whole-head")
+BUNDLES = ("fp32", "q8", "q4", "q4-whole-head", "int8-dynamic")
 ROWS = {"100m": (*TORCH, *BUNDLES), "200m": ("fp32", "q8", "q4"), "500m": ("q4",)}
 PEAK, TIME, GROWTH, BYTES = 0.40, 1.6, 1.05, 10**9  # what 4 bits are to keep beside checkpointing; of depth; of 500m
 

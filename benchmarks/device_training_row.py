@@ -44,7 +44,7 @@ _QWEN: Mapping[str, Any] = {
     "tie_word_embeddings": True,
 }
 MODELS: Mapping[str, tuple[Mapping[str, Any], tuple[str, ...]]] = {
-    "100m": (_LLAMA, ("fp32", "q8", "q4")),
+    "100m": (_LLAMA, ("fp32", "q8", "q4", "int8-dynamic")),
     "200m": ({**_LLAMA, "num_hidden_layers": 24}, ("fp32", "q8", "q4")),
     "500m": (_QWEN, ("q4",)),
 }

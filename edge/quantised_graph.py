@@ -149,7 +149,7 @@ def _blockwise(graph: ir.Graph, weight: Weight, found: Blocks) -> None:
         held.append(_initializer(graph, f"{weight.name}.zero_points", found.zero_points))
     for node in weight.layers:
         settings = {"K": d_in, "N": d_out, "accuracy_level": _ACCURACY_LEVEL, **form}
-        _put(graph, node, [ir.node("MatMulNBits", [node.inputs[0], *held], settings, domain=CONTRIB, name=node.name)])
+        put(graph, node, [ir.node("MatMulNBits", [node.inputs[0], *held], settings, domain=CONTRIB, name=node.name)])
 
 
 def _table(graph: ir.Graph, weight: Weight, found: Blocks, levels: ir.Value, scales: ir.Value) -> list[ir.Value]:
@@ -175,7 +175,7 @@ def _look_up(graph: ir.Graph, node: ir.Node, table: list[ir.Value], found: Block
     if found.d_in % BLOCK:
         ends = [_initializer(graph, f"{node.name}.{what}", np.array([at], np.int64)) for what, at in _cut(found.d_in)]
         nodes.append(ir.node("Slice", [nodes[-1].outputs[0], *ends], name=f"{node.name}_cut"))
-    _put(graph, node, nodes)
+    put(graph, node, nodes)
 
 
 def _cut(width: int) -> list[tuple[str, int]]:
@@ -197,7 +197,7 @@ def integers(graph: ir.Graph, weight: Weight) -> None:
         _initializer(graph, f"{weight.name}.channel_scales", scale.astype(np.float32)),
     ]
     for node in weight.layers:
-        _put(graph, node, [ir.node("DynamicQuantizeMatMul", [node.inputs[0], *held], domain=CONTRIB, name=node.name)])
+        put(graph, node, [ir.node("DynamicQuantizeMatMul", [node.inputs[0], *held], domain=CONTRIB, name=node.name)])
 
 
 def halves(graph: ir.Graph, weight: Weight) -> None:
@@ -210,7 +210,7 @@ def halves(graph: ir.Graph, weight: Weight) -> None:
     held = _initializer(graph, f"{weight.name}.fp16", half)
     for node in weight.lookups:
         gather = ir.node("Gather", [held, node.inputs[1]], {"axis": 0}, name=node.name)
-        _put(graph, node, [gather, _to_float(gather.outputs[0], f"{node.name}_float")])
+        put(graph, node, [gather, _to_float(gather.outputs[0], f"{node.name}_float")])
     if weight.layers:
         cast = _to_float(held, f"{weight.name}_float")
         graph.insert_before(graph[0], cast)
@@ -223,7 +223,7 @@ def _to_float(value: ir.Value, name: str) -> ir.Node:
     return ir.node("Cast", [value], {"to": ir.DataType.FLOAT}, name=name)
 
 
-def _put(graph: ir.Graph, old: ir.Node, nodes: list[ir.Node]) -> None:
+def put(graph: ir.Graph, old: ir.Node, nodes: list[ir.Node]) -> None:
     """Nodes in the place of one; the value that comes out keeps its name, type and shape."""
     for position, node in enumerate(nodes[:-1]):
         node.outputs[0].name = f"{old.name}.{position}"

@@ -45,15 +45,28 @@ def encoder() -> str:
 
 @pytest.fixture(scope="session")
 def trainable_bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The embedded base with training graphs, in float32, and the public key that signed it: a bundle takes long to make."""
+    """The embedded base with training graphs, in float32, and the public key that signed it.
+
+    A bundle takes long to make: the first process that needs it makes it, the others wait.
+    """
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
     from edge.make import Request, make_bundle
+    from protocol.durable import alone
     from protocol.signature import write_public
 
-    key, folder = Ed25519PrivateKey.from_private_bytes(bytes(range(32))), tmp_path_factory.mktemp("trainable")
-    write_public(folder / "key.pub", key.public_key())
-    return make_bundle(Request("tiny", folder / "tiny", key, profile="fp32", trainable=True)), folder / "key.pub"
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "trainable"
+    folder.mkdir(exist_ok=True)
+    bundle, public = folder / "tiny", folder / "key.pub"
+    with (folder / "lock").open("w") as lock:
+        alone(lock.fileno())
+        if not bundle.exists():
+            key = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+            public.unlink(missing_ok=True)
+            write_public(public, key.public_key())
+            make_bundle(Request("tiny", bundle, key, profile="fp32", trainable=True))
+    return bundle, public
 
 
 @pytest.fixture(autouse=True)

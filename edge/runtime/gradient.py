@@ -19,8 +19,8 @@ from edge.runtime.heap import give_back, keep_large_apart
 from edge.runtime.manifest import BundleManifest
 from edge.runtime.opening import RESOURCES, STATE, Trusted, opened_bundle
 from edge.runtime.session import Resources, check_version
-from edge.runtime.training_graph import WEIGHT, TrainingGraph, Value, opened
-from edge.runtime.training_plan import FRONT, PLAN, Layer, backward_path, forward_path, parsed
+from edge.runtime.training_graph import LEVELS, SCALES, WEIGHT, TrainingGraph, Value, opened
+from edge.runtime.training_plan import FRONT, PLAN, Layer, backward_path, forward_path, integers_path, parsed
 from edge.runtime.training_rows import (
     Gradient,
     Objective,
@@ -89,9 +89,13 @@ class Gradients:
         self.vocabulary = self._weights.shape(self._plan.embedding)[0]
         self._front = TrainingGraph(opened(folder, manifest, FRONT, resources))
         kinds = sorted({layer.kind for layer in self._plan.layers})
+        forward = {kind: forward_path(kind) for kind in kinds}
+        if self._files:  # other weights than its own have no integers
+            forward |= {kind: path for kind in kinds if (path := integers_path(kind)) in manifest.files}
+        backward = {kind: backward_path(kind) for kind in kinds}
         self._forward, self._backward = (
-            {kind: TrainingGraph(opened(folder, manifest, path(kind), resources)) for kind in kinds}
-            for path in (forward_path, backward_path)
+            {kind: TrainingGraph(opened(folder, manifest, path, resources)) for kind, path in paths.items()}
+            for paths in (forward, backward)
         )
         of_kind = DecoderHead if manifest.kind == "decoder" else ClassifierHead
         self._head: DecoderHead | ClassifierHead = of_kind(folder, manifest, self._plan, self._weights, resources)
@@ -326,6 +330,10 @@ class Gradients:
 
     def _of_layer(self, graph: TrainingGraph, layer: Layer, adapter: Adapter) -> dict[str, Value]:
         held = {f"{WEIGHT}{name}": _value(self._weights.read(f"{layer.module}.{name}", name)) for name in graph.weights()}
+        if self._files:
+            for name in graph.integers():
+                levels, scales = self._files.integers(f"{layer.module}.{name}", name)
+                held |= {f"{LEVELS}{name}": _value(levels), f"{SCALES}{name}": _value(scales)}
         beside = {
             f"lora.{module}.{side}": each
             for module in graph.modules()
@@ -342,6 +350,16 @@ class Gradients:
 
     def _check_weights(self, folder: Path) -> None:
         """Every weight that a graph takes has a place, and its shape."""
+        integers = [
+            (f"{layer.module}.{name}", sizes)
+            for layer in self._plan.layers
+            for name, sizes in self._forward[layer.kind].integers().items()
+        ]
+        for name, sizes in integers:
+            if self._files is None or not self._files.has_integers(name, sizes):
+                raise BundleError(
+                    f"{folder}: {shown(name, 200)} is not held as integers {sizes}, as its graph wants; make the bundle anew"
+                )
         wanted: list[tuple[str, Sequence[Any]]] = [
             (f"{layer.module}.{name}", shape)
             for layer in self._plan.layers

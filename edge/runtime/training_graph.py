@@ -12,6 +12,7 @@ from edge.runtime.verify import content
 from protocol.errors import BundleError, ModelError, shown
 
 WEIGHT: Final = "weight."
+LEVELS, SCALES = "levels.", "scales."
 Value: TypeAlias = onnxruntime.OrtValue
 Values = Mapping[str, Value]
 
@@ -41,6 +42,10 @@ class TrainingGraph:
     def weights(self) -> dict[str, list[Any]]:
         """Shapes of the parameters that it takes, by name in the graph."""
         return {name.removeprefix(WEIGHT): shape for name, shape in self.inputs.items() if name.startswith(WEIGHT)}
+
+    def integers(self) -> dict[str, list[Any]]:
+        """Shapes ``(d_in, d_out)`` of the parameters that it takes as integers, by name in the graph."""
+        return {name.removeprefix(LEVELS): shape for name, shape in self.inputs.items() if name.startswith(LEVELS)}
 
     def run(self, given: Values, wanted: Sequence[str]) -> dict[str, Value]:
         """Outputs by name.

@@ -119,6 +119,11 @@ def forward_path(kind: int) -> str:
     return f"{FOLDER}/layer-{kind}-forward.onnx"
 
 
+def integers_path(kind: int) -> str:
+    """Of the graph that runs a layer over integers; of a bundle that holds them so."""
+    return f"{FOLDER}/layer-{kind}-integers.onnx"
+
+
 def backward_path(kind: int) -> str:
     """Of the graph that runs it again and back."""
     return f"{FOLDER}/layer-{kind}-backward.onnx"

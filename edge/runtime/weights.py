@@ -4,7 +4,7 @@ Nothing is mapped into memory: what was read stays in the system's cache and out
 with the number of layers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -69,6 +69,11 @@ class Weights:
         for stream in self._streams.values():
             stream.close()
 
+    def has_integers(self, name: str, shape: Sequence[Any]) -> bool:
+        """Whether a matrix is held as ``integers`` gives it, in that shape."""
+        held = self._held.get(name)
+        return held is not None and held.form == "channels8" and list(held.rows) == list(shape)
+
     def shape(self, name: str) -> tuple[int, ...]:
         """As ``Source.shape``."""
         if name not in self._held:
@@ -94,6 +99,13 @@ class Weights:
         if held.form in _BITS:
             return self.read(name, place)[first:last]
         return self._columns(held, place, first, last)
+
+    def integers(self, name: str, place: str) -> tuple[Array, Array]:
+        """Levels, int8 ``(d_in, d_out)``, and float32 scales ``(d_out,)`` of a matrix that is held so; valid as of ``read``."""
+        held = self._held[name]
+        raw = self._buffer((place, held.form, held.rows), held.rows, np.int8)
+        self._fill(raw, held.parts[0], 0)
+        return raw, self._channels(held, place, 0, held.rows[1])
 
     def rows(self, name: str, numbers: Array) -> Array:
         """As ``Source.rows``."""

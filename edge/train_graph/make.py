@@ -1,6 +1,6 @@
 """The files that make a bundle trainable: graphs of its layers and ends, and the plan of where their weights lie."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +24,7 @@ from edge.runtime.training_plan import (
     form_path,
     forward_path,
     head_path,
+    integers_path,
     parsed,
     written,
 )
@@ -32,6 +33,7 @@ from edge.runtime.weights import Weights
 from edge.tracing import fix_angles
 from edge.train_graph.front import called, canonical, front, ragged
 from edge.train_graph.head import classifier_head, decoder_head
+from edge.train_graph.integers import over_integers
 from edge.train_graph.layer import BATCH, SEQUENCE, layer_graph
 from edge.train_graph.places import Places, of_bundle, of_model
 from edge.train_graph.recording import Recording, layers_of, recorded
@@ -98,7 +100,7 @@ def held_as(
         largest_rank=LARGEST_RANK,
         largest_tokens=shape.context_tokens if shape else 1,
     )
-    return Trainable(told, {path: _bytes(graph) for path, graph in graphs.items()} | _placed(whole, places))
+    return Trainable(told, {path: _bytes(graph) for path, graph in graphs.items()} | _placed(whole, places, graphs.__getitem__))
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ def requantised(bundle: Path, manifest: BundleManifest, folder: Path) -> dict[st
     places = Places(load(folder / MODEL))
     held = of_bundle(plan, weights, load(bundle / MODEL), places)
     weights.close()
-    return _placed(plan.model_copy(update={"tensors": held}), places)
+    return _placed(plan.model_copy(update={"tensors": held}), places, lambda path: load(bundle / path))
 
 
 def graphs_of(
@@ -198,11 +200,29 @@ def graphs_of(
     return graphs, Outline(placed, names[f"{table}.weight"], head.words, frozenset(wanted))
 
 
-def _placed(plan: TrainingPlan, places: Places) -> dict[str, bytes]:
+def _placed(plan: TrainingPlan, places: Places, graph: Callable[[str], ir.Model]) -> dict[str, bytes]:
     """The plan, the weights that it has kept, and graphs for the forms in which it holds the others."""
     forms = {held.form for held in plan.tensors.values()}
     files = {form_path(form): _bytes(_levels(form)) for form in sorted(forms) if form.startswith("rows")}
+    if "channels8" in forms:
+        for kind in {layer.kind for layer in plan.layers}:
+            if made := over_integers(graph(forward_path(kind)), _integers(plan, kind)):
+                files[integers_path(kind)] = _bytes(made)
     return files | {PLAN: written(plan), SMALL: bytes(places.small)}
+
+
+def _integers(plan: TrainingPlan, kind: int) -> set[str]:
+    """Names within a kind of layer of what every one of them holds as integers, the way round that they are multiplied."""
+    modules = [layer.module for layer in plan.layers if layer.kind == kind]
+    first, *others = (
+        {
+            name.removeprefix(f"{module}.")
+            for name, held in plan.tensors.items()
+            if name.startswith(f"{module}.") and held.form == "channels8"
+        }
+        for module in modules
+    )
+    return first.intersection(*others)
 
 
 def _recording(model: "PreTrainedModel", layers: "Mapping[str, Module]", writes: bool, rows: int, tokens: int) -> Recording:

@@ -7,6 +7,7 @@ import pytest
 
 from edge.runtime import head
 from edge.runtime.gradient import Gradients
+from edge.runtime.session import Resources
 from edge.runtime.training_plan import PLAN, SMALL, TrainingPlan, parsed, written
 from edge.runtime.training_rows import NOT_LEARNT, Row
 from protocol.adapter import Adapter, Factors
@@ -177,7 +178,9 @@ def test_gradients_over_rounded_weights_are_pytorchs_over_these_and_point_where_
     """Oracle of the first claim: the graphs over what the device read, given to PyTorch as its weights."""
     import torch
 
-    gradients = decoder.traced.gradients(tmp_path, profile)
+    manifest = decoder.traced.bundle(tmp_path, profile)
+    floats = {path: file for path, file in manifest.files.items() if "integers" not in path}
+    gradients = Gradients(tmp_path, manifest.model_copy(update={"files": floats}), Resources(threads=1))
     given, batch = adapter(whole), rows(whole)
     found = gradients.loss_and_gradients(batch, given)
     along = cosine(found.gradients, whole.loss_and_gradients(batch, given).gradients)
@@ -192,6 +195,40 @@ def test_gradients_over_rounded_weights_are_pytorchs_over_these_and_point_where_
     sums, counts = log_probabilities(model, batch)
     (-sums.sum() / sum(counts)).backward()
     assert farthest(found.gradients, parameters)[0] <= FARTHEST
+
+
+def test_integers_are_multiplied_as_they_are_stored(decoder, whole, tmp_path):
+    """Oracle of what a row scores: PyTorch over the weights as they are held, each linear layer's input rounded as ONNX says of
+    DynamicQuantizeLinear. Sums of float32 in another order may round one of them to the level beside it."""
+    import torch
+
+    gradients = decoder.traced.gradients(tmp_path, "int8-dynamic")
+    forward = gradients._forward[0]
+    assert len(forward.integers()) == 7
+    assert not [name for name in forward.weights() if name.endswith("proj.weight")]
+    given, batch = adapter(whole), rows(whole, lengths=(17, 17, 17))
+    model, _ = of_peft(decoder.folder, given, "decoder")
+
+    def rounded(module, inputs):
+        (x,) = inputs
+        low, high = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
+        scale = (high - low) / 255
+        zero = round(-low / scale)
+        return ((torch.clamp(torch.round(x / scale) + zero, 0, 255) - zero) * scale,)
+
+    for name, module in model.get_base_model().named_modules():
+        if name.endswith(".base_layer"):
+            module.register_forward_pre_hook(rounded)
+    with torch.no_grad():
+        for name, parameter in model.get_base_model().named_parameters():
+            if (plain := name.replace(".base_layer", "")) in gradients._plan.tensors:
+                parameter.copy_(torch.tensor(gradients._weights.read(plain, "test").copy()))
+        sums, _ = log_probabilities(model, batch)
+    distance = np.abs(gradients.score(batch, given).log_probabilities - sums.numpy()).max()
+    away = np.abs(gradients.score(batch, given).log_probabilities - whole.score(batch, given).log_probabilities).max()
+    assert distance < 0.1 * away
+    found, wanted = (each.loss_and_gradients(batch, given).gradients for each in (gradients, whole))
+    assert 0.98 <= cosine(found, wanted) < 1
 
 
 def test_large_weights_are_read_where_inference_reads_them(decoder, tmp_path):

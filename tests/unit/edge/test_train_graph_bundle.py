@@ -40,12 +40,13 @@ def test_a_trainable_bundle_is_made_quantised_and_extended(base, tmp_path):
     assert whole.manifest.training.layers == 2
     given, batch = adapter(whole), rows(whole)
     expected = whole.loss_and_gradients(batch, given)
-    for profile, least in (("q8", 0.999), ("q4", 0.9)):
+    for profile, least in (("q8", 0.999), ("q4", 0.9), ("int8-dynamic", 0.98)):
         smaller = requantise(first, profile, tmp_path / profile, KEY, say=said.append)
         found = opened(smaller, KEY.public_key(), state=None).loss_and_gradients(batch, given)
         assert least <= cosine(found.gradients, expected.gradients) < 1
         sizes = {path: file.size_bytes for path, file in verified(smaller, [KEY.public_key()]).files.items()}
         assert sizes["training/weights.data"] < 0.05 * sizes["model.onnx.data"]
+        assert ("training/layer-0-integers.onnx" in sizes) == (profile == "int8-dynamic")
     more = add_adapters(
         first, {"north": trained(base, tmp_path / "north", 1, 4, "q_proj")}, tmp_path / "next", KEY, base_model=base
     )
