@@ -10,12 +10,13 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Context, Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.arrived import receive
 from client.asked import Asked, read
 from client.audited import Audited
+from client.device_bytes import DeviceBytes, message_bytes
 from client.feedback import with_feedback
 from client.node import Node, from_context
 from client.permitted import note_training, permitted
@@ -39,7 +40,8 @@ def query(message: Message, context: Context) -> Message:
         from client.round_plan import wish
 
         call, node = read_asked(asked.records), asked.node
-        carries_out = _work_of(node)
+        DeviceBytes(node, context.state).check()
+        carries_out = work_of(node)
         for reason in carries_out.choose(wish(call, node), node).reasons.values():
             log.warning("%s: %s", node.name, reason)  # what is less than was asked for is never silent
         return offer_records(carries_out.join(call, node, None if node.trial is False else asked.memory))
@@ -54,10 +56,11 @@ def train(message: Message, context: Context) -> Message:
     def work(asked: Asked) -> RecordDict:
         node, memory = asked.node, asked.memory
         received = receive(asked.records, memory)
+        DeviceBytes(node, context.state).check_round(received.call)
 
         def trained() -> "Work":
             note_training(asked, context)
-            done: Work = _work_of(node).train(received, node, memory)
+            done: Work = work_of(node).train(received, node, memory)
             log.info("round %d: %s", received.call.round, ", ".join(f"{k} {v:.4g}" for k, v in done.own_metrics.items()))
             return done
 
@@ -99,13 +102,14 @@ def evaluate(message: Message, context: Context) -> Message:
     """Measures the global adapter on held-out rows: answers with metrics."""
 
     def work(asked: Asked) -> RecordDict:
-        metrics, count = _work_of(asked.node).evaluate(receive(asked.records, asked.memory), asked.node, asked.memory)
+        DeviceBytes(asked.node, context.state).check()
+        metrics, count = work_of(asked.node).evaluate(receive(asked.records, asked.memory), asked.node, asked.memory)
         return RecordDict({METRICS: metric_record(asked.policy.told(metrics), asked.policy.counted(count))})
 
     return _answer(message, context, work)
 
 
-def _work_of(node: Node) -> ModuleType:
+def work_of(node: Node) -> ModuleType:
     """What carries a round out: PyTorch, or a device's bundle; each joins, chooses, trains and evaluates."""
     return import_module("client.device" if node.device else "client.round")
 
@@ -119,9 +123,12 @@ def _answer(message: Message, context: Context, work: Callable[[Asked], RecordDi
         told.arrived(message)
         asked = read(message, context)  # who asks, and whether it is new
         told.asked(asked)
+        spent, a_round = DeviceBytes(asked.node, context.state), asked.kind != MessageType.QUERY
+        spent.count(a_round * message_bytes(asked.records))
         asked = permitted(asked, context)
         answer = work(asked)
         asked.policy.check_upload(payload_bytes(answer))
+        spent.count(a_round * message_bytes(answer))
         told.sent(asked, answer)
         return Message(asked.signed(answer), reply_to=message)
     except FedgeError as error:

@@ -107,6 +107,9 @@ class Node(Strict):
     device_battery: float = Field(
         20.0, ge=0, le=100, description="device: per cent below which it neither joins nor trains, unless it is charging"
     )
+    device_bytes: PositiveInt | None = Field(
+        None, description="device: most bytes of rounds, both ways and of all federations, that it spends in 30 days"
+    )
     device_own: Path | None = Field(
         None, description="device: folder for an adapter of its own on top of the federation's, which never leaves it"
     )

@@ -86,7 +86,7 @@ class HardwareError(UserError):
 
 
 class NotNowError(HardwareError):
-    """A device that could, but not at this moment: its battery is low. It may be asked again later."""
+    """A device that could, but not at this moment: its battery is low, or its bytes are spent. It may be asked again later."""
 
     code = "not-now"
 

@@ -1,4 +1,4 @@
-"""One round of measuring: every connected member measures the global adapter on its own held-out rows."""
+"""One round of measuring: connected members, all or some, measure the global adapter on their own held-out rows."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,7 +11,9 @@ from protocol.federation import Federation
 from protocol.records import payload_bytes, read_metrics
 from server.exchange import collect
 from server.publishing import Publisher
-from server.track import Track
+from server.track import Member, Track, draw
+
+_EVALUATION = 2**32  # beyond the seeds that a federation may name
 
 
 @dataclass
@@ -32,10 +34,14 @@ class Measured:
 def evaluate(
     grid: Grid, federation: Federation, publisher: Publisher, tracks: Mapping[str, Track], number: int, connected: set[int]
 ) -> dict[str, Measured]:
-    """Asks the members of every track at once; what each track's said."""
+    """Asks the members of every track at once, or as many of each as the federation says; what each track's said."""
     done = {name: Measured() for name in tracks}
-    at = {member.node: (track, member) for track in tracks.values() for member in track.members.values()}
-    asked = {node: place for node, place in at.items() if node in connected and place[0].manifest}
+    asked = {
+        member.node: (track, member)
+        for track in tracks.values()
+        if track.manifest
+        for member in _drawn(federation, track, number, connected)
+    }
     published = {name: publisher.publish(name, track.adapter) for name, track in tracks.items() if track.manifest}
     near = {name: publisher.reference(name, track.stays_near(number)) for name, track in tracks.items()}
     calls = {
@@ -74,3 +80,10 @@ def evaluate(
     for one in done.values():
         one.metrics, one.refused = dict(sorted(one.metrics.items())), dict(sorted(one.refused.items()))
     return done
+
+
+def _drawn(federation: Federation, track: Track, number: int, connected: set[int]) -> list[Member]:
+    """Who of a track's connected members measures: by another draw than that of who trains."""
+    there = {name: member for name, member in track.members.items() if member.node in connected}
+    rounds = federation.rounds
+    return [there[name] for name in draw(there, rounds.evaluators, rounds.seed + _EVALUATION, number)]

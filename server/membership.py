@@ -168,6 +168,9 @@ class Membership:
                 self._known.discard(away.node)  # if it was another's, that one is asked again when it is back
                 self._offers.pop(away.node, None)
         track.reference = track.reference or offer
+        # Equal, as was checked, and as long as the model has layers: ten thousand members share one.
+        shared = {name: getattr(track.reference, name) for name in ("base_digest", "modules", "dense")}
+        offer = offer.model_copy(update=shared)
         track.members[name] = Member(node, name, offer)
         track.belonging.add(name)
         self._left_out.pop(node, None)

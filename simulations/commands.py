@@ -10,8 +10,11 @@ import typer
 
 if TYPE_CHECKING:
     from server.ledger import RoundRecord
+    from server.rounds import Outcome
     from simulations.demo_edge import OnDevice
+    from simulations.device_grid import DeviceRound, DeviceTotals
     from simulations.federation import Comparison
+    from simulations.scenario import Scenario
     from strategies.job import Job
 
 Json = Annotated[bool, typer.Option("--json", help="Ends with one JSON line instead of tables.")]
@@ -59,16 +62,18 @@ def demo(
 
 
 def simulate(
-    config: Annotated[Path, typer.Argument(help="Scenario YAML: the federation and its nodes, or a partition.")],
+    config: Annotated[Path, typer.Argument(help="Scenario YAML: the federation and its nodes, a partition or devices.")],
     as_json: Json = False,
 ) -> None:
     """Runs a federation in this process; no SuperLink, no Ray."""
-    from server.ledger import newest_place
     from simulations.federation import check, compare, federate
     from simulations.scenario import nodes_of, read_scenario
 
     scenario = read_scenario(config)
     federation = scenario.federation
+    if scenario.devices:
+        _simulate_devices(scenario, as_json=as_json)
+        return
     check(federation, scenario.nodes)  # the base and listed nodes, before a partition writes anything
     nodes = nodes_of(scenario)
     if scenario.partition:
@@ -83,17 +88,7 @@ def simulate(
         return
     with _told_how_to_go_on():
         outcome = federate(federation, nodes, watch=_tell)
-    places = {name: newest_place(federation, name) for name in outcome.kept}
-    if as_json:
-        plans = {name: {"method": o.method, "precision": o.precision, "r": o.r} for name, o in outcome.offers.items()}
-        told: dict[str, Any] = {"plans": plans, "ended": outcome.ended}
-        told["adapters"] = {name: str(place) for name, place in places.items()}
-        told["evaluation"] = {k: v for kept in outcome.kept.values() for k, v in kept.record.evaluation.items()}
-        typer.echo(json.dumps(told))
-        return
-    typer.echo(outcome.ended)
-    for name, place in places.items():
-        typer.echo(f"global adapter of rank {outcome.kept[name].manifest.r}: {place}")
+    _show_outcome(scenario, outcome, as_json=as_json)
 
 
 def train(
@@ -141,6 +136,61 @@ def train(
             typer.echo(f"{name:>28}  {value:.6g}")
     for kind, place in made.items():
         typer.echo(f"{kind}: {place}")
+
+
+def _simulate_devices(scenario: "Scenario", *, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from simulations.federation import check_devices, federate_devices
+
+    if scenario.devices is None:
+        raise ValueError("looked at before")
+    check_devices(scenario.federation, scenario.devices)
+    with _told_how_to_go_on():
+        outcome, totals = federate_devices(scenario.federation, scenario.devices, watch=_tell_devices)
+    _say(_spent(totals))
+    _show_outcome(scenario, outcome, as_json=as_json, devices=asdict(totals))
+
+
+def _tell_devices(record: "RoundRecord", told: "DeviceRound") -> None:
+    ends = {
+        "merged": len(record.accepted),
+        "set aside": len(record.refused),
+        "stragglers dropped": told.dropped,
+        "gone": told.gone,
+        "late": told.late,
+        "out of bytes": told.refused,
+        "failed": told.failed,
+    }
+    counts = ", ".join(f"{count} {name}" for name, count in ends.items() if count)
+    traffic = f"{told.bytes_down / 1e6:.2f} MB down, {told.bytes_up / 1e6:.2f} MB up"
+    losses = [metrics["loss"] for metrics in record.evaluation.values() if "loss" in metrics]
+    measured = f", loss {sum(losses) / len(losses):.4g} at {len(losses)}" if losses else ""
+    _say(f"{record.title}: {told.asked} of {told.available} asked: {counts}; {traffic}; hour {told.hours:.2f}{measured}")
+
+
+def _spent(totals: "DeviceTotals") -> str:
+    return (
+        f"{totals.asked} of {totals.devices} devices spent {totals.total / 1e6:.2f} MB: mean {totals.mean / 1e3:.1f} kB, "
+        f"median {totals.median / 1e3:.1f} kB, most {totals.most / 1e3:.1f} kB; {totals.refused} refused for it"
+    )
+
+
+def _show_outcome(scenario: "Scenario", outcome: "Outcome", *, as_json: bool, devices: dict[str, Any] | None = None) -> None:
+    from server.ledger import newest_place
+
+    places = {name: newest_place(scenario.federation, name) for name in outcome.kept}
+    if as_json:
+        plans = {name: {"method": o.method, "precision": o.precision, "r": o.r} for name, o in outcome.offers.items()}
+        told: dict[str, Any] = {"devices": devices} if devices else {"plans": plans}
+        told["ended"] = outcome.ended
+        told["adapters"] = {name: str(place) for name, place in places.items()}
+        told["evaluation"] = {k: v for kept in outcome.kept.values() for k, v in kept.record.evaluation.items()}
+        typer.echo(json.dumps(told))
+        return
+    typer.echo(outcome.ended)
+    for name, place in places.items():
+        typer.echo(f"global adapter of rank {outcome.kept[name].manifest.r}: {place}")
 
 
 def _measured(stage: "Job", record: "RoundRecord") -> dict[str, dict[str, float]]:

@@ -10,18 +10,20 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from client.app import app
+from client.app import app, work_of
 from client.node import Node
-from client.round import choose, held_out_rows, join, training_rows
+from client.round import choose, held_out_rows, training_rows
 from protocol.adapter import Adapter
 from protocol.errors import ConfigurationError, UserError, shown
 from protocol.federation import Federation
 from protocol.plan import Plan
 from protocol.records import Call
 from protocol.signature import make_key, read_private, write_pair
-from server.ledger import RoundRecord
+from server.ledger import Ledger, RoundRecord, vault_of
 from server.rounds import Outcome, run
 from server.trust import Trust
+from simulations.device_grid import DeviceGrid, DeviceRound, DeviceTotals
+from simulations.devices import Devices, Fleet
 from simulations.grid import InProcessGrid
 from strategies.base_model import find
 from strategies.data.ai_feedback import made
@@ -33,7 +35,7 @@ from strategies.training import fit
 
 Say = Callable[[str], None]
 STATE = "node-state"
-_ENROLLED = "enrolled.yaml"
+_ENROLLED, _FOR_EVER = "enrolled.yaml", 1e9
 
 
 @dataclass(frozen=True)
@@ -81,13 +83,59 @@ def check(federation: Federation, nodes: Sequence[Node]) -> None:
     for number, node in enumerate(nodes, 1):
         state = node.state or federation.output.resolve() / STATE / f"{number:04d}"
         try:
-            join(call, node.model_copy(update={"state": state}), aloud=False)
+            work_of(node).join(call, node.model_copy(update={"state": state}), aloud=False)
         except ConfigurationError as error:
             problems += [f"{node.name}: {problem}" for problem in error.problems]
         except UserError as error:
             problems.append(f"{node.name}: {error}")
     if problems:
         raise ConfigurationError("nodes", problems)
+
+
+def check_devices(federation: Federation, devices: Devices) -> None:
+    """Deals out the rows and asks the first device to join; what is wrong with another's rows shows as a code when it joins.
+
+    Raises:
+        UserError: What is wrong with rows, traces, bundle or plan.
+    """
+    plan = next(iter(federation.schedules().values()))[0]
+    with tempfile.TemporaryDirectory(prefix="fedge-devices-") as folder:
+        fleet = Fleet(devices, federation, Path(folder) / STATE, Path(folder))
+        if len(fleet) < (fewest := federation.rounds.minimum_nodes):
+            raise ConfigurationError("devices", [f"{len(fleet)} there, rounds.minimum_nodes is {fewest}; nobody else can come"])
+        with fleet.asked(0):
+            node = fleet.node(0)
+            work_of(node).join(Call(federation=federation.name, round=0, rounds=1, plan=plan), node, aloud=False)
+
+
+def federate_devices(
+    federation: Federation,
+    devices: Devices,
+    watch: Callable[[RoundRecord, DeviceRound], None] = lambda record, told: None,
+) -> tuple[Outcome, DeviceTotals]:
+    """Runs a federation over many devices in simulated time; one that died goes on to the same bit.
+
+    In ``OUTPUT/node-state`` each device that keeps anything has a folder, and all share a journal and a log.
+
+    Raises:
+        UserError: Rows or traces cannot be used.
+        FederationError: Too few devices could take part, or the journal of a run that died is not whole.
+    """
+    memory = federation.output.resolve() / STATE
+    # Deadlines are the grid's, in simulated time: how long this machine computes is none of the devices' business.
+    patient = federation.rounds.model_copy(update={"timeout_seconds": _FOR_EVER})
+
+    def forget() -> None:
+        if memory.exists():
+            shutil.rmtree(memory)
+
+    with tempfile.TemporaryDirectory(prefix="fedge-devices-") as folder:
+        grid = DeviceGrid(app, Fleet(devices, federation, memory, Path(folder)), federation.rounds, memory)
+        before = Ledger(federation.output, identity=federation.identity(), vault=vault_of(federation)).newest().checkpoint
+        if before:
+            grid.go_on(before.round)
+        published = federation.model_copy(update={"rounds": patient})
+        return run(grid, published, lambda record: watch(record, grid.report(record.round)), forget), grid.totals()
 
 
 def federate(

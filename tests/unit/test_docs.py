@@ -71,11 +71,33 @@ def test_the_readme_simulates(tmp_path):
 
 def test_the_documented_job_and_scenario_run(tmp_path):
     write_rows(tmp_path)
-    job, scenario = blocks("docs/configuration.md", "yaml")
+    job, scenario, _ = blocks("docs/configuration.md", "yaml")
     parse(yaml.safe_load(job), Job, source="docs")
     parse(yaml.safe_load(scenario), Scenario, source="docs")
     (tmp_path / "scenario.yaml").write_text(scenario)
     assert "global adapter" in run("fedge simulate scenario.yaml", tmp_path)
+
+
+def test_the_documented_devices_and_their_traces_run(tmp_path, trainable_bundle):
+    write_rows(tmp_path)
+    bundle, key = trainable_bundle
+    (tmp_path / "bundles").mkdir()
+    (tmp_path / "bundles" / "1").symlink_to(bundle)
+    (tmp_path / "release.pub").write_bytes(key.read_bytes())
+    scenario = blocks("docs/configuration.md", "yaml")[2]
+    (tmp_path / "phones.yaml").write_text(scenario)
+    assert "global adapter of rank" in run("fedge simulate phones.yaml 2> told", tmp_path)
+    assert " devices spent " in (tmp_path / "told").read_text()
+    (tmp_path / "traces.jsonl").write_text(blocks("docs/configuration.md", "json")[0])
+    drawn = "{share: 0.3, spell_seconds: 2400}"
+    assert drawn in scenario
+    (tmp_path / "traced.yaml").write_text(
+        scenario.replace(drawn, "{traces: traces.jsonl}").replace("runs/phones", "runs/traced")
+    )
+    run("fedge simulate traced.yaml", tmp_path)
+    # The three conditions hold from one o'clock to six: the first round begins then.
+    first = (tmp_path / "runs/traced/node-state/devices.jsonl").read_text().splitlines()[0]
+    assert json.loads(first)["sent"] == 3600
 
 
 def test_the_documented_rounds_run_and_the_coordinators_commands_read_them(tmp_path):
