@@ -77,10 +77,9 @@ def train(message: Message, context: Context) -> Message:
                 "promised noise that nodes add inside a secure sum, and asked for an update; nothing is trained"
             )
         done = trained()
+        metrics = {} if promise else asked.policy.told(done.metrics, done.update.manifest.num_examples)
         update = asked.policy.coarse(with_feedback(done.update, received, memory), received.call.plan)
-        return update_records(
-            update, received.call.wire, {} if promise else asked.policy.told(done.metrics), received.trained()
-        )
+        return update_records(update, received.call.wire, metrics, received.trained())
 
     return _answer(message, context, work)
 
@@ -104,7 +103,7 @@ def evaluate(message: Message, context: Context) -> Message:
     def work(asked: Asked) -> RecordDict:
         DeviceBytes(asked.node, context.state).check()
         metrics, count = work_of(asked.node).evaluate(receive(asked.records, asked.memory), asked.node, asked.memory)
-        return RecordDict({METRICS: metric_record(asked.policy.told(metrics), asked.policy.counted(count))})
+        return RecordDict({METRICS: metric_record(asked.policy.told(metrics, count), asked.policy.counted(count))})
 
     return _answer(message, context, work)
 

@@ -2,11 +2,14 @@
 
 import shlex
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from client.node import Node
 
 Folder = Annotated[Path, typer.Argument(help="The node's folder, as keygen made it.")]
@@ -109,16 +112,13 @@ def run(
 ) -> None:
     """Starts Flower's SuperNode with TLS, its own key and signed apps only; says first what would not hold."""
     from client import credentials
-    from client.node import Node
-    from protocol.configuration import parse
     from protocol.together import printed, run_together
 
     folder = folder.resolve()
     path = settings or folder / credentials.SETTINGS
     found = credentials.check(folder, coordinator=coordinator, unsigned_apps=run_unsigned_apps, own_vault=_own_vault(path))
-    here = {name: file.resolve() for name, file in (("device", device), ("device_key", device_key)) if file}
-    own = _settings(path, found.name)
-    own = parse(own.model_dump(exclude_unset=True) | here, Node, source=str(path)) if here else own
+    here = {name: str(file.resolve()) for name, file in (("device", device), ("device_key", device_key)) if file}
+    own = _settings(path, found.name, here)
     if not insecure_without_tls and credentials.greet(superlink, folder) is None:
         typer.echo(f"nothing answers at {superlink} yet; the SuperNode goes on trying", err=True)
     kept = {"state": "state", "vault": credentials.VAULT, "audit": "audit.jsonl"}
@@ -146,19 +146,26 @@ def _own_vault(path: Path) -> bool:
         return False
 
 
-def _settings(path: Path, name: str) -> "Node":
+def _settings(path: Path, name: str, here: "Mapping[str, str]" = MappingProxyType({})) -> "Node":
     """A node's settings, with paths taken from their folder, once what they name was looked at.
+
+    Args:
+        path: YAML.
+        name: As which the node is enrolled.
+        here: What the command says in place of the file.
 
     Raises:
         ConfigurationError: Every problem of the file, or of the policies that it names.
     """
     from client.node import Node, beside
     from client.policy import read_policy
-    from protocol.configuration import load
+    from protocol.configuration import load, parse, read_yaml
     from protocol.data_settings import DataPolicy, is_hub_name
     from protocol.errors import ConfigurationError, shown
 
-    (own,) = beside(path, (load(path, Node),))
+    content = read_yaml(path)
+    made = parse({**content, **here} if isinstance(content, dict) else content, Node, source=str(path))
+    (own,) = beside(path, (made,))
     problems = []
     if "name" in own.model_fields_set and own.name != name:
         problems.append(f"name: {own.name!r}; its key is enrolled as {name!r}")

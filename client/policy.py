@@ -116,6 +116,9 @@ class Policy(Strict):
     metrics: dict[Name, PositiveFloat] | None = Field(
         None, description="metrics that may leave, by name, each rounded to a multiple of its number; {} = none"
     )
+    measured_rows: PositiveInt | None = Field(
+        None, description="metrics of fewer rows do not leave; a loss on one row tells of it"
+    )
     examples: PositiveInt | None = Field(None, description="counts of rows leave as multiples of it")
 
     @field_validator("masking", mode="before")
@@ -175,9 +178,9 @@ class Policy(Strict):
         for name in ("minimum_nodes", "fewest_summed"):
             if self.secure_sum and (getattr(self, name) or 0) > MOST_SUMMED:
                 yield f"{name}: found {getattr(self, name)}, and a secure sum has at most {MOST_SUMMED} nodes; lower it"
-        if self.secure_sum and not self.evaluate and (self.metrics or self.examples):
+        if self.secure_sum and not self.evaluate and (self.metrics or self.measured_rows or self.examples):
             yield (
-                "metrics, examples: nothing measured leaves beside a secure sum, and evaluate is false; leave them out, or let "
+                "metrics, measured_rows, examples: nothing measured leaves beside a secure sum, and evaluate is false; leave them out, or let "
                 "it measure"
             )
         if self.secure_sum and self.minimum_nodes and (self.fewest_summed or 0) > self.minimum_nodes:
@@ -347,8 +350,10 @@ class Policy(Strict):
 
     # What may leave -----------------------------------------------------------------------------------------------------
 
-    def told(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """The metrics that may leave, as coarse as they must be; one that is not finite never leaves."""
+    def told(self, metrics: Mapping[str, float], rows: int) -> dict[str, float]:
+        """The metrics over so many rows that may leave, as coarse as they must be; one that is not finite never leaves."""
+        if rows < (self.measured_rows or 0):
+            return {}
         finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
         if self.metrics is None:
             return finite

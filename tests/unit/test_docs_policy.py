@@ -91,7 +91,7 @@ def test_an_empty_mapping_allows_everything_and_says_so(files):
 
 def test_the_policy_of_the_page_has_rules_that_there_are(files):
     told = yaml.safe_load((files / "policy.yaml").read_text())
-    assert told.keys() - RULES.keys() == {"time_zone", "metrics", "examples"}
+    assert told.keys() - RULES.keys() == {"time_zone", "metrics", "measured_rows", "examples"}
     assert read_policy(files / "policy.yaml").upload_bytes == 100_000_000
 
 

@@ -169,6 +169,19 @@ def test_what_is_less_safe_is_asked_for_by_name(node: Path) -> None:
     assert "--trusted-entities" not in found
 
 
+def test_what_the_command_says_of_a_device_and_its_file_are_one(node: Path) -> None:
+    """What only a device has may stand in the file of a node whose bundle the command names."""
+    with (node / "node.yaml").open("a") as file:
+        file.write("\ndevice_own: own\n")
+    arguments = ["node", "run", str(node), "--superlink", "127.0.0.1:1", "--show"]
+    refused = CliRunner().invoke(app, arguments)
+    assert "device_own is of a device" in str(refused.exception)
+    found = CliRunner().invoke(app, [*arguments, "--device", str(node), "--device-key", str(node / "auth.pub")])
+    assert found.exit_code == 0, found.exception
+    settings = tomllib.loads((node / "node.toml").read_text())
+    assert {key: settings[key] for key in ("device", "device-own")} == {"device": str(node), "device-own": str(node / "own")}
+
+
 def test_settings_that_do_not_fit_are_said_before_anything_starts(node: Path) -> None:
     (node / "node.yaml").write_text("train: rows.jsonl\nname: clinic\n")
     found = CliRunner().invoke(app, ["node", "run", str(node), "--superlink", "127.0.0.1:1", "--show"])

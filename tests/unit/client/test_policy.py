@@ -309,11 +309,13 @@ def test_an_answer_that_is_too_large_does_not_leave():
 
 def test_metrics_that_are_not_listed_stay_and_the_others_are_rounded_to_their_step():
     policy = parse({"metrics": {"loss": 0.1, "accuracy": 0.05}}, Policy, source="p")
-    told = policy.told({"loss": 1.2345, "accuracy": 0.987, "perplexity": 3.0, "legal/loss": 1.0})
+    told = policy.told({"loss": 1.2345, "accuracy": 0.987, "perplexity": 3.0, "legal/loss": 1.0}, 50)
     assert told == {"loss": 1.2, "accuracy": 1.0}
-    assert policy.told({"loss": float("nan"), "accuracy": 0.3 + 1e-9}) == {"accuracy": 0.3}
-    assert parse({"metrics": {}}, Policy, source="p").told({"loss": 1.0}) == {}
-    assert Policy().told({"loss": 1.2345, "x": float("inf")}) == {"loss": 1.2345}
+    assert policy.told({"loss": float("nan"), "accuracy": 0.3 + 1e-9}, 50) == {"accuracy": 0.3}
+    floor = parse({"measured_rows": 20}, Policy, source="p")
+    assert (floor.told({"loss": 1.0}, 19), floor.told({"loss": 1.0}, 20)) == ({}, {"loss": 1.0})
+    assert parse({"metrics": {}}, Policy, source="p").told({"loss": 1.0}, 50) == {}
+    assert Policy().told({"loss": 1.2345, "x": float("inf")}, 1) == {"loss": 1.2345}
 
 
 @pytest.mark.parametrize(
@@ -331,8 +333,8 @@ def test_counts_of_rows_leave_as_multiples_and_never_as_more_than_steps_take(row
 
 def test_a_metric_of_any_size_can_be_rounded():
     policy = Policy(metrics={"loss": 1e-12})
-    assert policy.told({"loss": 1e300}) == {"loss": 1e300}
-    assert np.isfinite(policy.told({"loss": -1e8})["loss"])
+    assert policy.told({"loss": 1e300}, 50) == {"loss": 1e300}
+    assert np.isfinite(policy.told({"loss": -1e8}, 50)["loss"])
 
 
 # Contradictions ---------------------------------------------------------------------------------------------------------
@@ -398,7 +400,7 @@ def test_a_metric_that_stands_twice_is_an_error(tmp_path):
 
 
 def test_every_rule_is_a_key_of_the_file_and_every_key_that_refuses_a_rule():
-    assert set(Policy.model_fields) - set(RULES) == {"time_zone", "metrics", "examples"}
+    assert set(Policy.model_fields) - set(RULES) == {"time_zone", "metrics", "measured_rows", "examples"}
     assert set(RULES) <= set(Policy.model_fields)
     assert {rule for rule, *_ in CASES} | {"days", "quiet_hours", "rounds_per_day", "upload_bytes"} == set(RULES)
 
