@@ -180,8 +180,8 @@ class Policy(Strict):
                 yield f"{name}: found {getattr(self, name)}, and a secure sum has at most {MOST_SUMMED} nodes; lower it"
         if self.secure_sum and not self.evaluate and (self.metrics or self.measured_rows or self.examples):
             yield (
-                "metrics, measured_rows, examples: nothing measured leaves beside a secure sum, and evaluate is false; leave them out, or let "
-                "it measure"
+                "metrics, measured_rows, examples: nothing measured leaves beside a secure sum, and evaluate is false; leave "
+                "them out, or let it measure"
             )
         if self.secure_sum and self.minimum_nodes and (self.fewest_summed or 0) > self.minimum_nodes:
             yield (

@@ -5,16 +5,14 @@ speed. So replies can be handed over in their order while only those that are pu
 the coordinator takes the first, and nobody trains for the others. A device whose spell ends before its reply is there shows as
 on a SuperLink: as an error in its place, once its heartbeat is missed. Joining takes no time.
 
-A journal tells every question when it is sent and every reply when it is handed over. It is what a run that died goes on from:
-its clock, who is still busy and what each device has spent follow from the lines up to the last round that was kept.
+A run that died goes on from its journal (``simulations.device_journal``).
 """
 
 import heapq
-import json
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,63 +20,20 @@ from flwr.app import Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from numpy.typing import NDArray
-from pydantic import ConfigDict, TypeAdapter
 
 from client.device_bytes import DeviceBytes, clock, message_bytes, update_bytes
 from protocol.errors import FederationError, NotNowError
 from protocol.federation import RoundSettings
-from protocol.files import private_folder, write_whole
+from protocol.files import private_folder
 from protocol.records import Call, read_asked
 from simulations.availability import DAY_SECONDS
+from simulations.device_journal import DROPPED, GONE, LATE, REPLIED, Heard, Journal, Question
 from simulations.devices import Fleet
 from simulations.grid import InProcessGrid
 
-JOURNAL, LOG = "devices.jsonl", "devices.log"
+LOG = "devices.log"
 _NOTICED_SECONDS = 60.0  # a heartbeat every 30 s, of which two may fail
 _LOOK_SECONDS, _LONGEST_WAIT = 600, 2 * DAY_SECONDS
-_REPLIED, _GONE, _LATE, _DROPPED = "replied", "gone", "late", "dropped"
-
-
-@dataclass(frozen=True)
-class Question:
-    """One message to one device, and what becomes of it.
-
-    Attributes:
-        phase: Which sending of many messages it belongs to; counted over the whole run.
-        round, kind: Of the call; ``train`` or ``evaluate``.
-        device: Number, from 0.
-        sent: When, in simulated seconds; as the next two.
-        at: When the device is done with it.
-        told: When the coordinator hears of it.
-        down, up: Bytes to the device and, so far as it is known, from it.
-        end: ``replied``, ``gone`` (its spell ended), ``late`` (after the deadline), ``dropped`` (not waited for), or the code
-            with which it refused.
-    """
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
-    phase: int
-    round: int
-    kind: str
-    device: int
-    sent: float
-    at: float
-    told: float
-    down: int
-    up: int
-    end: str
-
-
-@dataclass(frozen=True)
-class Heard:
-    """What came of the open question of a device: how it ended, and the bytes of its answer."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
-    round: int
-    device: int
-    end: str
-    up: int
 
 
 @dataclass(frozen=True)
@@ -131,9 +86,6 @@ class DeviceTotals:
     hours: float
 
 
-_LINE: TypeAdapter[Question | Heard] = TypeAdapter(Question | Heard)
-
-
 class DeviceGrid(InProcessGrid):
     """Reaches the devices of a fleet.
 
@@ -147,6 +99,7 @@ class DeviceGrid(InProcessGrid):
     def __init__(self, client_app: ClientApp, fleet: Fleet, rounds: RoundSettings, folder: Path) -> None:
         super().__init__(client_app, ())
         self._fleet, self._rounds, self._folder = fleet, rounds, folder
+        self._journal = Journal(folder, len(fleet))
         self._limited = fleet.settings.device_bytes is not None
         self.now = 0.0
         self._phase, self._of, self._had_a_round = 0, (0, ""), False
@@ -165,13 +118,7 @@ class DeviceGrid(InProcessGrid):
         Raises:
             FederationError: It does not tell of that round.
         """
-        kept = [line for line in self._journal() if line.round <= number]
-        if not any(line.round == number for line in kept):
-            raise FederationError(
-                f"{self._folder / JOURNAL}: does not tell of round {number}, after which this run would go on; the clock and "
-                "the bytes of its devices are not known, so move the output folder away to begin anew"
-            )
-        write_whole(self._folder / JOURNAL, "".join(json.dumps(asdict(line)) + "\n" for line in kept))
+        kept = self._journal.cut(number)
         if self._limited:  # what the round that died has counted is counted once
             for folder in sorted(each for each in self._folder.iterdir() if each.is_dir()):
                 DeviceBytes(self._fleet.node(int(folder.name) - 1), RecordDict()).forget()
@@ -188,7 +135,7 @@ class DeviceGrid(InProcessGrid):
     def _again(self, question: Question, heard: Heard) -> None:
         """What was heard before the run died."""
         self.now = question.told
-        if question.end != _REPLIED:
+        if question.end != REPLIED:
             self._end(self._unseen(question))
             return
         question = replace(question, end=heard.end, up=heard.up)
@@ -196,23 +143,6 @@ class DeviceGrid(InProcessGrid):
             with self._at_home(question.device, question.told):
                 DeviceBytes(self._fleet.node(question.device), RecordDict()).count(question.down + question.up)
         self._end(question)
-
-    def _journal(self) -> list[Question | Heard]:
-        path, lines, asked = self._folder / JOURNAL, list[Question | Heard](), set[int]()
-        *whole, _ = path.read_bytes().split(b"\n") if path.exists() else [b""]  # without what a crash has cut
-        for number, text in enumerate(whole, 1):
-            try:
-                lines.append(line := _LINE.validate_json(text))
-            except ValueError:
-                line = None
-            if (
-                line is None
-                or not 0 <= line.device < len(self._fleet)
-                or (isinstance(line, Heard) and line.device not in asked)
-            ):
-                raise FederationError(f"{path}: line {number} is none of a journal; move the output folder away to begin anew")
-            (asked.discard if isinstance(line, Heard) else asked.add)(line.device)
-        return lines
 
     # Messages -----------------------------------------------------------------------------------------------------------
 
@@ -279,9 +209,9 @@ class DeviceGrid(InProcessGrid):
         begun = max(self.now, float(self._busy[device]))
         at = begun + (down + up) / float(fleet.bytes_per_second[device]) + rows / float(fleet.rows_per_second[device])
         gone = fleet.availability.until(device, self.now)
-        told, end = (at, _REPLIED) if at <= gone else (gone + _NOTICED_SECONDS, _GONE)
+        told, end = (at, REPLIED) if at <= gone else (gone + _NOTICED_SECONDS, GONE)
         if told > (deadline := self.now + self._rounds.timeout_seconds):
-            told, end = deadline, (_LATE if at <= gone else _GONE)
+            told, end = deadline, (LATE if at <= gone else GONE)
         question = Question(
             phase=self._phase,
             round=call.round,
@@ -296,13 +226,13 @@ class DeviceGrid(InProcessGrid):
         )
         self._questions[message_id] = question
         heapq.heappush(self._order, (told, device, message_id))
-        self._note(question)
+        self._journal.note(question)
 
     def _hear(self, message_id: str) -> Message:
         heapq.heappop(self._order)
         question, message = self._questions.pop(message_id), self._waiting.pop(message_id)
         self.now = question.told
-        if question.end == _REPLIED:
+        if question.end == REPLIED:
             reply = self.answer(message)
             if reply.has_error():
                 question = replace(question, end=str(reply.error.reason), up=0)
@@ -310,9 +240,9 @@ class DeviceGrid(InProcessGrid):
                 question = replace(question, up=message_bytes(reply.content))
         else:
             waited = f"no reply within {self._rounds.timeout_seconds:g} s"
-            error = Error(ErrorCode.NODE_UNAVAILABLE, "the device has gone" if question.end == _GONE else waited)
+            error = Error(ErrorCode.NODE_UNAVAILABLE, "the device has gone" if question.end == GONE else waited)
             reply, question = Message(error, reply_to=message), self._unseen(question)
-        self._note(Heard(question.round, question.device, question.end, question.up))
+        self._journal.note(Heard(question.round, question.device, question.end, question.up))
         self._end(question)
         return reply
 
@@ -320,7 +250,7 @@ class DeviceGrid(InProcessGrid):
         """Nobody waits any more for what is not heard yet: devices go on with it, for nothing."""
         for message_id, question in self._questions.items():
             self._waiting.pop(message_id, None)
-            told = question if question.end == _GONE else replace(question, end=_DROPPED)
+            told = question if question.end == GONE else replace(question, end=DROPPED)
             self._end(self._unseen(told))
         self._questions.clear()
         self._order.clear()
@@ -381,7 +311,7 @@ class DeviceGrid(InProcessGrid):
         self._settle()
         self._ended = [question for question in self._ended if question.round == number]
         asked = [question.end for question in self._ended if question.kind == MessageType.TRAIN]
-        named = {end: asked.count(end) for end in (_REPLIED, _GONE, _LATE, _DROPPED)}
+        named = {end: asked.count(end) for end in (REPLIED, GONE, LATE, DROPPED)}
         refused = asked.count(NotNowError.code)
         return DeviceRound(
             round=number,
@@ -408,13 +338,6 @@ class DeviceGrid(InProcessGrid):
             refused=int(self._refused.sum()),
             hours=self.now / 3600,
         )
-
-    def _note(self, line: Question | Heard) -> None:
-        path = self._folder / JOURNAL
-        if not path.exists():
-            private_folder(self._folder)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(line)) + "\n")
 
     @contextmanager
     def _at_home(self, device: int, when: float) -> Iterator[None]:

@@ -13,7 +13,8 @@ from fedge import app
 from protocol.errors import ConfigurationError, FederationError
 from protocol.federation import Federation
 from protocol.records import Call
-from simulations.device_grid import JOURNAL, LOG
+from simulations.device_grid import LOG
+from simulations.device_journal import FILE
 from simulations.devices import Devices
 from simulations.federation import STATE, check, check_devices, federate_devices
 from simulations.scenario import read_scenario
@@ -69,7 +70,7 @@ def run(published, simulated, die_after=None):
 
 
 def journal(folder):
-    return [json.loads(line) for line in (folder / STATE / JOURNAL).read_text().splitlines()]
+    return [json.loads(line) for line in (folder / STATE / FILE).read_text().splitlines()]
 
 
 def test_the_first_of_those_that_are_asked_are_merged_and_nobody_trains_for_the_others(tmp_path, trainable_bundle):
@@ -107,7 +108,7 @@ def test_a_run_that_died_goes_on_to_the_same_bit_with_its_clock_and_its_bytes(tm
     with pytest.raises(KeyboardInterrupt):
         run(federation(tmp_path / "died", cohort=4, evaluators=2), simulated, die_after=2)
     # As of a process that was killed in the third round: asked, counted, not merged.
-    path = tmp_path / "died" / STATE / JOURNAL
+    path = tmp_path / "died" / STATE / FILE
     last = next(line for line in journal(tmp_path / "died") if line["round"] == 2 and "sent" in line)
     path.write_text(path.read_text() + json.dumps(last | {"round": 3, "phase": 99}) + "\n" + '{"round": 3, "dev')
     resumed = run(federation(tmp_path / "died", cohort=4, evaluators=2), simulated)
@@ -204,7 +205,7 @@ def test_a_journal_that_does_not_tell_of_the_last_round_ends_the_run_before_it_g
     simulated, published = devices(tmp_path, trainable_bundle, 8), federation(tmp_path / "run", count=2, evaluate_every=0)
     with pytest.raises(KeyboardInterrupt):
         run(published, simulated, die_after=1)
-    path = tmp_path / "run" / STATE / JOURNAL
+    path = tmp_path / "run" / STATE / FILE
     text = path.read_text()
     path.write_text("")
     with pytest.raises(FederationError, match="does not tell of round 1"):
