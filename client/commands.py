@@ -169,7 +169,7 @@ def _settings(path: Path, name: str, here: "Mapping[str, str]" = MappingProxyTyp
     problems = []
     if "name" in own.model_fields_set and own.name != name:
         problems.append(f"name: {own.name!r}; its key is enrolled as {name!r}")
-    named = [("policy", own.policy), ("data_policy", own.data_policy), ("vault", own.vault)]
+    named = [(name, getattr(own, name)) for name in ("policy", "data_policy", "vault", "device", "device_key")]
     for task, files in own.sources().items():
         named += [(f"tasks.{task}.{key}" if task else key, file) for key, file in files.files()]
     problems += [

@@ -192,7 +192,12 @@ def test_a_bundle_on_the_command_line_makes_the_node_a_device(node: Path) -> Non
     arguments = ["node", "run", str(node), "--superlink", "127.0.0.1:1", "--show", "--device", str(node / "bundle")]
     found = CliRunner().invoke(app, arguments)
     assert "device and device_key belong together" in str(found.exception)
-    found = CliRunner().invoke(app, [*arguments, "--device-key", str(node / "release.pub")])
+    arguments += ["--device-key", str(node / "release.pub")]
+    found = CliRunner().invoke(app, arguments)
+    assert "bundle: no such file" in str(found.exception)
+    (node / "bundle").mkdir()
+    (node / "release.pub").touch()
+    found = CliRunner().invoke(app, arguments)
     assert found.exit_code == 0, found.output
     told = tomllib.loads((node / "node.toml").read_text())
     assert (told["device"], told["device-key"]) == (str(node / "bundle"), str(node / "release.pub"))
