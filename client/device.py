@@ -134,6 +134,7 @@ def train(received: Received, node: Node, memory: Memory) -> Work:
     personal = Personal.of(call, frozenset(bundle.gradients.dense))
     kept = personal.before(memory, call.round)
     arrived, plan = personal.joined(received.adapter, kept), of_round(plan, call.round)
+    bundle.check_adapter(arrived, plan)
     parts = divided(arrived, bundle.modules(plan), bundle.gradients.start_dense(), plan, fresh=call.fresh)
     asked = Round(plan, examples, call.trains, own, stretch(plan, call), lambda: why_not_now(node, senses), node.state)
     adapter, metrics = fit(_passes(bundle, plan, received, parts, node), parts.start, asked)

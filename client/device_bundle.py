@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from client.node import Node
+from client.round_plan import rows_taken
 from edge.runtime import gradient
 from edge.runtime.adapting.schedule import SCHEDULES
 from edge.runtime.gradient import Gradients
@@ -14,12 +15,15 @@ from edge.runtime.manifest import SIGNATURE, TOKENIZER, BundleManifest
 from edge.runtime.session import Resources
 from edge.runtime.tokens import Tokeniser
 from edge.runtime.verify import content
-from protocol.errors import ConfigurationError, ModelError
+from protocol.adapter import Adapter
+from protocol.errors import AdapterError, ConfigurationError, ModelError, shown
 from protocol.plan import Method, Objective, Plan, Precision
 from protocol.strict import changed
 
 OBJECTIVES: Final[tuple[Objective, ...]] = ("sft", "classification", "dpo")
 METHODS: Final[tuple[Method, ...]] = ("lora", "qlora")
+_MOST_ROWS: Final = 1_000_000  # days of a small device's time; far more is a mistake, or means to exhaust it
+_MOST_PASSES: Final = 10_000
 # How many bits a bundle's weights have, in a plan's words.
 _HELD: Final[Mapping[str, Precision]] = {"q8": "int8", "int8-dynamic": "int8", "q4": "nf4", "fp16": "fp16", "fp32": "fp32"}
 # Settings of a plan that change what is computed, and that the graphs have no place for.
@@ -74,6 +78,24 @@ class Opened:
             )
         chosen = {module for found in ends.values() for module in found}
         return {module: (d_out, d_in) for module, (d_in, d_out) in there.items() if module in chosen}
+
+    def check_adapter(self, adapter: Adapter, plan: Plan) -> None:
+        """Makes sure that all of an adapter stands where a plan trains: what is left out would be trained against another.
+
+        Raises:
+            AdapterError: Some of it does not, or has another shape.
+        """
+        there = self.modules(plan)
+        if strange := sorted(adapter.factors.keys() - there.keys()) + sorted(
+            adapter.dense.keys() - self.gradients.dense.keys()
+        ):
+            raise AdapterError(
+                f"{len(strange)} parts of the adapter are none of the {len(there)} modules that the plan trains here ("
+                f"{shown(strange[0], 200)} ...); is it of this base?"
+            )
+        for module, pair in adapter.factors.items():
+            if pair.shape != there[module]:
+                raise AdapterError(f"{module} changes a weight of shape {pair.shape}; expected {there[module]}")
 
     def check(self, plan: Plan) -> None:
         """Makes sure that this bundle is for a plan's task.
@@ -139,6 +161,10 @@ def _problems(plan: Plan) -> Iterator[str]:
         yield f"training.lr_scheduler_type: found {plan.training.lr_scheduler_type}; a device has {', '.join(SCHEDULES)}"
     if plan.training.optim == "sgd":
         yield "training.optim: found sgd; a device has AdamW"
+    if rows_taken(plan) > _MOST_ROWS:
+        yield f"training: its steps take more than {_MOST_ROWS} rows a round; a device takes no more"
+    if plan.training.max_steps is None and plan.training.num_train_epochs > _MOST_PASSES:
+        yield f"training.num_train_epochs: found {plan.training.num_train_epochs:g}; a device takes at most {_MOST_PASSES}"
 
 
 def left_out(plan: Plan) -> dict[str, str]:

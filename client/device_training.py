@@ -123,6 +123,8 @@ def fit(passes: Passes, start: Adapter, asked: Round) -> tuple[Adapter, dict[str
         losses.append(loss)
         for (optimiser, names), held in zip(groups, moments, strict=True):
             optimiser.step({name: now[name] for name in names}, raw, held, step + 1, shortened)
+        if not all(np.isfinite(each).all() for each in now.values()):
+            raise DivergenceError(f"step {step + 1}: a weight is no number any more; take a lower training.learning_rate")
     told = {"train-loss": float(np.mean(losses)), "train-steps": float(steps), "train-seconds": time.perf_counter() - begun}
     return with_tensors(start, now), told
 

@@ -233,12 +233,12 @@ def vault_of(key_file: Path | None) -> "Vault":
     return vault_at(key_file)
 
 
-def existing(folder: Path) -> Path:
-    """A folder of what was learnt, if there is one."""
+def existing(folder: Path, maker: str = "adapt") -> Path:
+    """A folder of what was learnt, or said, if there is one; ``maker`` is the verb that makes it."""
     from protocol.errors import DataError
 
     if not folder.is_dir():
-        raise DataError(f"{folder}: nothing was adapted here; fedge edge adapt makes it, or --folder names another")
+        raise DataError(f"{folder}: is no folder; fedge edge {maker} makes it, or name another")
     return folder
 
 

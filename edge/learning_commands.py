@@ -1,7 +1,7 @@
 """Verbs of ``fedge edge`` with which a device learns: from rows, from what its user said, and back."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +11,7 @@ from edge.device_commands import Bundle, Json, Sealed, Threads, Trusted, existin
 
 if TYPE_CHECKING:
     from edge.runtime.adapting.learning import Settings
+    from edge.runtime.adapting.replay import ReplayBuffer
 
 
 def mount(edge: typer.Typer) -> None:
@@ -26,9 +27,9 @@ def adapt(
         Path | None, typer.Argument(help="JSON Lines: prompt + answer, messages, text, text + label, or two answers.")
     ] = None,
     folder: Annotated[Path | None, typer.Option(help="Keeps what is learnt; else BUNDLE-own.")] = None,
-    adapter: Annotated[str | None, typer.Option(help="One of the bundle's to begin from.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="One of the bundle's to begin the first training from.")] = None,
     beneath: Annotated[
-        bool, typer.Option("--beneath", help="That one stays; the device's own is learnt on top of it.")
+        bool, typer.Option("--beneath", help="The one of --adapter stays; the device's own is learnt on top of it.")
     ] = False,
     replay: Annotated[Path | None, typer.Option(help="Rows of what is not to be forgotten.")] = None,
     replay_buffer: Annotated[
@@ -40,12 +41,12 @@ def adapt(
     ] = None,
     pairs: Annotated[bool, typer.Option("--pairs", help="Feedback: corrected answers against the first ones (DPO).")] = False,
     vault: Sealed = None,
-    config: Annotated[Path | None, typer.Option(help="YAML with settings of how it learns.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML with settings of how it learns (docs/edge.md).")] = None,
     seconds: Annotated[float | None, typer.Option(help="Longest time; what is unfinished goes on at the next call.")] = None,
     steps: Annotated[int | None, typer.Option(help="Most steps of this call.")] = None,
-    memory: Annotated[int | None, typer.Option(metavar="MB", help="Stops where the process has more.")] = None,
-    battery: Annotated[float | None, typer.Option(metavar="PERCENT", help="Stops below it, but on a charger.")] = None,
-    celsius: Annotated[float | None, typer.Option(help="Stops above it.")] = None,
+    memory: Annotated[int | None, typer.Option(metavar="MB", help="Stops where the whole process has more.")] = None,
+    battery: Annotated[float | None, typer.Option(metavar="PERCENT", help="Stops below it, unless it charges.")] = None,
+    celsius: Annotated[float | None, typer.Option(help="Stops where the hottest part is above it.")] = None,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -90,12 +91,12 @@ def adapt(
     )
     learnt = made.learnt
     if buffer and made.version and learnt.ended:  # before it has ended other rows to replay would be another training
-        said.append(f"replay: {buffer.add(data)} rows are kept")
+        said.append(_replayed_later(buffer, data))
     before, after = learnt.before, learnt.after
     figures = f"loss {before.loss:.4f} -> {after.loss:.4f}, accuracy {before.accuracy:.3f} -> {after.accuracy:.3f}"
     lines = [f"{learnt.steps} steps; {learnt.ended or f'stopped at {learnt.stopped}, goes on at the next call'}"]
+    lines += [f"held-back rows: {figures}"] if before.loss else []
     lines += [
-        f"held-back rows: {figures}",
         f"version {made.version} is in use: {made.why}" if made.version else f"not kept: {made.why}",
     ]
     told = made.told()
@@ -110,9 +111,11 @@ def rollback(
     """Takes the adapter that was in use before back into use; the bundle's own is the first."""
     from edge.runtime.adapting.personal import Personal
     from edge.runtime.adapting.sealing import seal_of
+    from edge.runtime.adapting.state import alone_in
 
     place = existing(folder or _own(bundle))
-    number = Personal(place, seal_of(place, vault_of(vault) if vault else None)).roll_back()
+    with alone_in(place):
+        number = Personal(place, seal_of(place, vault_of(vault) if vault else None)).roll_back()
     typer.echo(f"version {number} is in use" if number else "the bundle's own adapter is in use")
 
 
@@ -126,16 +129,17 @@ def status(
     from edge.runtime.adapting.personal import Personal
     from edge.runtime.adapting.sealing import seal_of
     from edge.runtime.adapting.state import Trail
+    from protocol.errors import shown
 
     place = existing(folder or _own(bundle))
     seal = seal_of(place, vault_of(vault) if vault else None)
     own = Personal(place, seal)
     now, wrong = own.current()
     state, damaged = Trail(place, seal).newest()
-    unfinished = state.facts["step"] if state else None
+    unfinished = state.facts.get("step") if state else None
     told = {"in_use": now.number if now else 0, "facts": dict(now.facts) if now else {}, "kept": own.numbers()}
     lines = [f"version {now.number} is in use" if now else "the bundle's own adapter is in use"]
-    lines += [f"  {name}: {value}" for name, value in (now.facts.items() if now else ())]
+    lines += [f"  {shown(name)}: {shown(str(value))}" for name, value in (now.facts.items() if now else ())]
     lines += [f"a training is unfinished after step {unfinished}"] if state else []
     tell(told | {"unfinished_step": unfinished, "said": [*wrong, *damaged]}, [*lines, *wrong, *damaged], as_json)
 
@@ -158,7 +162,7 @@ def feedback(
     from protocol.errors import ConfigurationError
     from protocol.files import write_whole
 
-    store = Store(existing(folder), vault_of(vault))
+    store = Store(existing(folder, "serve --feedback"), vault_of(vault))
     if wipe:
         there = store.wipe()
         tell({"wiped": there}, [f"{folder}: {'overwritten and removed' if there else 'nothing was kept'}"], as_json)
@@ -185,10 +189,22 @@ def _from_feedback(
     from edge.runtime.verify import signed_manifest
 
     manifest, _, _ = signed_manifest(bundle, trusted(key))
-    found = learnable(Store(existing(folder), vault_of(vault)).entries(), screen_of(bundle, manifest), pairs=pairs)
+    found = learnable(
+        Store(existing(folder, "serve --feedback"), vault_of(vault)).entries(), screen_of(bundle, manifest), pairs=pairs
+    )
     for line in found.said():
         typer.echo(line, err=True)
     return guarded(settings, len(found.rows)), list(found.rows), found.said()
+
+
+def _replayed_later(buffer: "ReplayBuffer", rows: Sequence[Mapping[str, Any]]) -> str:
+    """What became of rows that are to be replayed; the adapter is in use already, whatever that is."""
+    from protocol.errors import FedgeError
+
+    try:
+        return f"replay: {buffer.add(rows)} rows are kept"
+    except (FedgeError, OSError) as error:
+        return f"replay: the rows of this training are not kept: {error}"
 
 
 def _own(bundle: Path) -> Path:

@@ -12,8 +12,8 @@ _COMMAND = re.compile(r"python -m benchmarks\.[^`\n]*")
 _HEAD = """# Benchmarks
 
 Each prints a table and, last, one JSON line; most have goals and say which was missed. Figures that were measured, the losing
-ones too, are in [benchmarks/LOG.md](../benchmarks/LOG.md). `--data` is a folder of public data sets and small models, which each
-benchmark's docstring names; `--help` tells the options. They need the whole environment (`make demo` makes it).
+ones too, are in [benchmarks/LOG.md](../benchmarks/LOG.md). `--data` is a folder of public data sets and small models, which
+each benchmark's docstring names; `--help` tells the options. They need the whole environment (`make demo` makes it).
 
 | measures | command |
 |---|---|

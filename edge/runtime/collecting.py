@@ -4,10 +4,12 @@ Nothing is remembered unless the server was started so and the request says so (
 few and not for long; what is said of them goes into the sealed store (``edge.runtime.adapting.feedback``), nothing into a log.
 """
 
+import logging
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Annotated, Any, Final, Literal
@@ -18,8 +20,10 @@ from edge.runtime.adapting.feedback import Entry, Message, Store
 from edge.runtime.adapting.screening import LONGEST, Screen
 from edge.runtime.listening import RefusedError
 from edge.runtime.openai_format import asked
-from protocol.errors import DataError
+from protocol.errors import ConfigurationError, DataError, VaultError
 from protocol.strict import Strict
+
+_log = logging.getLogger(__name__)
 
 
 class FeedbackAsked(Strict):
@@ -88,7 +92,7 @@ class Collector:
         """Keeps what a user says of an answer.
 
         Raises:
-            RefusedError: There are too many, or no such answer waits.
+            RefusedError: There are too many, or no such answer waits, or the store is damaged or has no room.
             ConfigurationError: The body is no feedback.
             DataError: It is not to be learnt from, or there is no more room.
         """
@@ -108,7 +112,8 @@ class Collector:
                 f"or {self._window.answers} answers ago, or it is longer than {LONGEST} characters",
             )
         entry = found[1].model_copy(update={"rating": told.rating, "correction": told.correction})
-        kept = self._store.add(entry, self._screen)
+        with _kept():
+            kept = self._store.add(entry, self._screen)
         return {"id": kept.id, "object": "feedback", "kept": kept.kind}
 
     def wipe(self) -> dict[str, Any]:
@@ -116,7 +121,8 @@ class Collector:
         with self._lock:
             self._waiting.clear()
             self._characters = 0
-        self._store.wipe()
+        with _kept():
+            self._store.wipe()
         return {"object": "feedback", "deleted": True}
 
     def let_go(self) -> None:
@@ -143,6 +149,18 @@ class Collector:
                     **{"Retry-After": str(max(1, int(self._heard[0] + 60 - now)))},
                 )
             self._heard.append(now)
+
+
+@contextmanager
+def _kept() -> Iterator[None]:
+    """What is wrong with the store is its owner's business: the log says it, and no client is told of paths."""
+    try:
+        yield
+    except (VaultError, ConfigurationError, OSError) as error:
+        _log.warning("feedback is not kept: %s", error)
+        raise RefusedError(
+            HTTPStatus.INTERNAL_SERVER_ERROR, "feedback cannot be kept here; the server's log says why"
+        ) from None
 
 
 def _characters(entry: Entry) -> int:

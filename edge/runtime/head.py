@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from edge.runtime.manifest import BundleManifest
 from edge.runtime.session import Resources
 from edge.runtime.training_graph import WEIGHT, TrainingGraph, Values, opened
-from edge.runtime.training_plan import TrainingPlan, head_path
+from edge.runtime.training_plan import PLAN, TrainingPlan, head_path
 from edge.runtime.training_rows import Learnt, Objective, Padded, Row, Scored, by_row, learnt, likelihood
 from edge.runtime.weights import Source
+from protocol.errors import BundleError
 
 Array = NDArray[Any]
 # Of the head's weight in float32, and of the logits of a part: each is held a few times while a gradient is made.
@@ -62,7 +63,12 @@ class DecoderHead:
             TrainingGraph(opened(folder, manifest, head_path(what), resources)) for what in ("score", "whole", "part")
         )
         self._weights, self._words = weights, plan.words
-        self._vocabulary, hidden = next(weights.shape(name) for name in plan.words if len(weights.shape(name)) == 2)
+        tables = [shape for name in plan.words if len(shape := weights.shape(name)) == 2]
+        if not tables:
+            raise BundleError(
+                f"{folder / PLAN}: words: none of {len(plan.words)} has a row for each token; make the bundle anew"
+            )
+        self._vocabulary, hidden = tables[0]
         parts = -(-self._vocabulary * 4 * hidden // _PART_BYTES)
         self._rows = max(2, -(-self._vocabulary // parts))
 

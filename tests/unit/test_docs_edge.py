@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,7 +16,10 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
+from client.node import Node, beside
+from edge.runtime.adapting.learning import Settings
 from fedge import app
+from protocol.configuration import load
 
 ROOT = Path(__file__).parent.parent.parent
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "docs" / "edge.md").read_text(), re.MULTILINE | re.DOTALL)
@@ -106,21 +110,71 @@ def test_the_documented_server_answers_the_documented_client(made, answered):
     assert curled is None or json.loads(curled.stdout)["choices"][0]["message"]["content"] == done.stdout[:-1]
 
 
-def test_the_documented_feedback_is_kept_and_forgotten(made, monkeypatch):
-    """Learning from it needs a bundle that can be trained: tests/unit/edge/test_device_feedback.py."""
+@pytest.fixture
+def device(trainable_bundle, tmp_path, monkeypatch):
+    """The page's device: a bundle that can be trained as ``bundles/learner``, and the key that signed it."""
+    bundle, key = trainable_bundle
+    shutil.copytree(bundle, tmp_path / "bundles" / "learner")
+    shutil.copy(key, tmp_path / "release.pub")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_the_documented_learner_is_made_and_learns(made, monkeypatch):
     folder, _ = made
     monkeypatch.chdir(folder)
+    assert "learner version 1 (q8)" in call(containing("bash", "--trainable --adapter"))[0]
+    rows = ({"prompt": f"When do we close on day {day}?", "answer": "At six."} for day in range(1, 31))
+    (folder / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    learnt, status, answered, rolled_back = call(containing("bash", "adapt bundles/learner own.jsonl"))
+    assert "20 steps" in learnt
+    assert "version 1 is in use" in status
+    assert "personal: At six." in answered
+    assert "the bundle's own" in rolled_back
+
+
+def test_the_documented_program_learns(device, capsys):
+    exec(containing("python", "Device, adapt"), {})  # noqa: S102
+    assert capsys.readouterr().out.startswith("1 better on held-back rows")
+
+
+def test_the_documented_settings_of_learning_are_all_of_them_with_their_defaults(tmp_path):
+    (tmp_path / "learn.yaml").write_text(containing("yaml", "# learn.yaml"))
+    read = load(tmp_path / "learn.yaml", Settings)
+    assert read == Settings()
+    assert read.model_fields_set == set(Settings.model_fields)
+
+
+def test_the_documented_settings_of_a_device_name_what_lies_beside_it(tmp_path):
+    phone = tmp_path / "phone"
+    phone.mkdir()
+    (phone / "rows.jsonl").touch()
+    (phone / "node.yaml").write_text(containing("yaml", "# phone/node.yaml"))
+    (node,) = beside(phone / "node.yaml", (load(phone / "node.yaml", Node),))
+    found = [path.resolve() for path in (node.train, node.device, node.device_key, node.device_own)]
+    expected = [phone / "rows.jsonl", tmp_path / "bundles" / "learner", tmp_path / "release.pub", phone / "own"]
+    assert found == [path.resolve() for path in expected]
+
+
+def test_the_documented_feedback_is_kept_learnt_and_forgotten(device):
+    folder = device
     keygen, command = containing("bash", "--feedback said --vault vault.key\n").splitlines()
-    count, _, wipe = containing("bash", "fedge edge feedback said").splitlines()
+    count, learn, wipe = containing("bash", "fedge edge feedback said").splitlines()
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     call(keygen)
     with served(command.replace("8080", port), folder, port):
         client = containing("python", '"store": True').replace("8080", port)
-        done = subprocess.run([sys.executable, "-c", client], capture_output=True, text=True, check=True)
-    assert done.stdout == "corrected\n"
-    assert call(count) == ["0 accepted, 1 corrected, 0 rejected, 1 clients\n"]
-    assert b"At six." not in (folder / "said" / "feedback.sealed").read_bytes()
+        for day in range(1, 9):
+            asked = client.replace("you close", f"you close on day {day}").replace("At six", f"At {day}")
+            done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
+            assert done.stdout == "corrected\n"
+    assert call(count) == ["0 accepted, 8 corrected, 0 rejected, 1 clients\n"]
+    assert b"At 7." not in (folder / "said" / "feedback.sealed").read_bytes()
+    (learnt,) = call(learn)
+    assert "8 rows to learn from" in learnt
+    assert "version 1 is in use" in learnt
     assert "overwritten" in call(wipe)[0]
     assert call(count)[0].startswith("0 accepted, 0 corrected")
 

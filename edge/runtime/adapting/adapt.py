@@ -1,6 +1,8 @@
 """A device adapts its bundle to its own rows: one call, in a budget, kept only if better on rows that never trained."""
 
+import logging
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -15,7 +17,7 @@ from edge.runtime.adapting.learning import Learning, Learnt, Settings, Watch, ne
 from edge.runtime.adapting.passes import Figures
 from edge.runtime.adapting.personal import Personal, Version, on_top
 from edge.runtime.adapting.rows import Examples, RowReader
-from edge.runtime.adapting.state import Seal, Trail
+from edge.runtime.adapting.state import Seal, Trail, alone_in
 from edge.runtime.manifest import TOKENIZER, BundleManifest, adapter_path
 from edge.runtime.session import Resources
 from edge.runtime.tokens import Tokeniser
@@ -23,6 +25,7 @@ from edge.runtime.verify import content
 from protocol.adapter import Adapter
 from protocol.errors import AdapterError, ConfigurationError, shown
 
+log = logging.getLogger(__name__)
 PERSONAL: Final = "personal"  # as which adapted adapters are served
 _SETTINGS: Final = Settings()
 _BUDGET: Final = Budget()
@@ -111,50 +114,51 @@ def adapt(
         AdapterError: No such adapter, or it does not fit what the graphs hold.
         ConfigurationError: Settings beyond what the graphs hold.
         DivergenceError: The loss is no number any more; the adapter in use stays.
-        HardwareError: No room for the state.
+        HardwareError: No room for the state; ``NotNowError`` where another process learns in the device's folder.
     """
-    found = gradient.open(bundle, trusted, resources=device.resources)
-    manifest = found.manifest
-    own = Personal(device.folder, device.seal)
-    now, said = own.current()
-    named = _labels(manifest, labels, adapter, now)
-    given = _bundled(Path(bundle), manifest, adapter) if adapter else None
-    frozen = given if beneath else None
-    start = now.adapter if now else (given if given is not None and not beneath else new_adapter(found, settings))
-    _check_rank(settings, found.largest_rank)
-    tokens = Tokeniser(content(Path(bundle), manifest, TOKENIZER), manifest.tokens)
-    reader = RowReader(manifest, tokens, found.largest_tokens, named)
-    examples = reader.examples(data)
-    learning = Learning(
-        found,
-        examples,
-        settings,
-        start,
-        trail := Trail(device.folder, device.seal),
-        frozen=frozen,
-        replay=_same(reader.examples(replay, "replay"), examples) if replay else None,
-        watch=watch,
-    )
-    meter = Meter(budget, device.senses)
-    said += [f"{name}: this device does not tell it; no limit on it is kept" for name in meter.unknown()]
-    learnt = learning.run(meter)
-    said += [f"{examples.dropped} rows left nothing to learn"] if examples.dropped else []
-    said += [f"{examples.cut} rows were longer than {found.largest_tokens} tokens and were cut"] if examples.cut else []
-    learnt = replace(learnt, said=[*said, *learnt.said])
-    used = learning.held_back(now.adapter) if now else learnt.before
-    kept, why = _verdict(learnt, used, settings, measured=learning.has_held_out)
-    version = None
-    if kept:
-        figures = {"before": asdict(used), "after": asdict(learnt.after), "steps": learnt.steps, "labels": list(named)}
-        told = {
-            "bundle": f"{manifest.name} {manifest.version}",
-            "base_digest": manifest.base_digest,
-            "beneath": (adapter or "") if beneath else "",
-        }
-        version = own.keep(learnt.adapter, told | figures)
-    if learnt.ended:
-        trail.forget()
-    return Adapted(version, why, learnt)
+    bundle = Path(bundle)
+    with closing(gradient.open(bundle, trusted, resources=device.resources)) as found, alone_in(device.folder):
+        manifest = found.manifest
+        own = Personal(device.folder, device.seal)
+        now, said = _goes_on(own, manifest, settings, (adapter or "") if beneath else "")
+        named = _labels(manifest, labels, adapter, now)
+        given = _bundled(bundle, manifest, adapter) if adapter else None
+        frozen = given if beneath else None
+        start = now.adapter if now else (given if given is not None and not beneath else new_adapter(found, settings))
+        _check_rank(settings, found.largest_rank)
+        tokens = Tokeniser(content(bundle, manifest, TOKENIZER), manifest.tokens)
+        reader = RowReader(manifest, tokens, found.largest_tokens, named)
+        examples = reader.examples(data)
+        learning = Learning(
+            found,
+            examples,
+            settings,
+            start,
+            trail := Trail(device.folder, device.seal),
+            frozen=frozen,
+            replay=_same(reader.examples(replay, "replay"), examples) if replay else None,
+            watch=watch,
+        )
+        meter = Meter(budget, device.senses)
+        said += [f"{name}: this device does not tell it; no limit on it is kept" for name in meter.unknown()]
+        learnt = learning.run(meter)
+        said += [f"{examples.dropped} rows left nothing to learn"] if examples.dropped else []
+        said += [f"{examples.cut} rows were longer than {found.largest_tokens} tokens and were cut"] if examples.cut else []
+        learnt = replace(learnt, said=[*said, *learnt.said])
+        used = learning.held_back(now.adapter) if now else learnt.before
+        kept, why = _verdict(learnt, used, settings, measured=learning.has_held_out)
+        version = None
+        if kept:
+            figures = {"before": asdict(used), "after": asdict(learnt.after), "steps": learnt.steps, "labels": list(named)}
+            told = {
+                "bundle": f"{manifest.name} {manifest.version}",
+                "base_digest": manifest.base_digest,
+                "beneath": (adapter or "") if beneath else "",
+            }
+            version = own.keep(learnt.adapter, told | figures)
+        if learnt.ended:
+            trail.forget()
+        return Adapted(version, why, learnt)
 
 
 def in_use(
@@ -165,7 +169,9 @@ def in_use(
     Raises:
         AdapterError: It was made for another base, or on top of an adapter that this bundle has not.
     """
-    found, _ = Personal(folder, seal).current()
+    found, wrong = Personal(folder, seal).current()
+    for line in wrong:
+        log.warning("%s: %s", folder, line)
     if found is None:
         return None
     if found.facts.get("base_digest") != manifest.base_digest:
@@ -175,16 +181,38 @@ def in_use(
     return on_top(below, found.adapter), tuple(found.facts.get("labels") or ())
 
 
+def _goes_on(own: Personal, manifest: BundleManifest, settings: Settings, beneath: str) -> tuple[Version | None, list[str]]:
+    """The version that is trained on, and what its user should know.
+
+    Raises:
+        ConfigurationError: It was learnt on top of another adapter: figures of the two could not be compared.
+    """
+    now, said = own.current()
+    if now is None:
+        return None, said
+    if now.facts.get("base_digest") != manifest.base_digest:
+        return None, [*said, f"version {now.number} was made for another base; a new adapter is begun"]
+    if (was := str(now.facts.get("beneath") or "")) != beneath:
+        mended = f"give --adapter {shown(was, 100)} --beneath" if was else "leave --beneath out"
+        raise ConfigurationError(
+            "adapt", [f"beneath: version {now.number} has another adapter beneath it; {mended}, or roll back"]
+        )
+    ranks = set(now.adapter.ranks().values())
+    if "r" in settings.model_fields_set and ranks - {settings.r}:
+        said.append(f"r: {settings.r} is of a new adapter; version {now.number} goes on with rank {max(ranks)}")
+    return now, said
+
+
 def _verdict(learnt: Learnt, used: Figures, settings: Settings, *, measured: bool) -> tuple[bool, str]:
     if not learnt.steps:
         return False, "no step was taken"
     if not measured:
         return True, "kept unmeasured: no row was held back"
-    if learnt.after.loss >= used.loss:
+    if not learnt.after.loss < used.loss:  # NaN is none better
         return False, f"no better on held-back rows: loss {learnt.after.loss:.4g}, in use {used.loss:.4g}"
     if learnt.forgot and settings.most_forgetting is not None:
         before, after = learnt.forgot
-        if after.loss > before.loss * (1 + settings.most_forgetting):
+        if not after.loss <= before.loss * (1 + settings.most_forgetting):
             return False, f"forgets too much: loss on replayed rows {after.loss:.4g}, before {before.loss:.4g}"
     return True, f"better on held-back rows: loss {learnt.after.loss:.4g}, in use {used.loss:.4g}"
 

@@ -32,7 +32,10 @@ class Aside(MutableMapping[str, Array]):
     """
 
     def __init__(self, folder: Path | None, given: Mapping[str, Array] = MappingProxyType({})) -> None:
-        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - it is open as long as this is
+        try:
+            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - it is open as long as this is
+        except OSError as error:
+            raise HardwareError(f"{folder or 'temporary files'}: nothing can be put aside there ({_why(error)})") from None
         self._key, self._writes, self._size = secrets.token_bytes(32), 0, 0
         self._held: dict[str, tuple[int, bytes, tuple[int, ...], Any]] = {}
         self.update(given)
@@ -55,7 +58,8 @@ class Aside(MutableMapping[str, Array]):
             while left:
                 left = left[self._file.write(left) :]
         except OSError as error:
-            raise HardwareError(f"{len(sealed)} bytes could not be put aside ({os.strerror(error.errno or 0)})") from None
+            self._held.pop(name, None)  # half of it may be written over
+            raise HardwareError(f"{len(sealed)} bytes could not be put aside ({_why(error)}); make room") from None
         self._held[name] = place, counter, array.shape, array.dtype
         self._size = max(self._size, place + len(sealed))
 
@@ -75,6 +79,11 @@ class Aside(MutableMapping[str, Array]):
         del self._held[name]
         self._size = self._size if self._held else 0
 
+    def clear(self) -> None:
+        """Forgets all; none of them is read, as ``popitem`` would."""
+        self._held.clear()
+        self._size = 0
+
     def __iter__(self) -> Iterator[str]:
         """Names."""
         return iter(self._held)
@@ -85,3 +94,7 @@ class Aside(MutableMapping[str, Array]):
 
     def _cipher(self, counter: bytes) -> Cipher[modes.CTR]:
         return Cipher(algorithms.AES256(self._key), modes.CTR(counter))
+
+
+def _why(error: OSError) -> str:
+    return os.strerror(error.errno or 0)

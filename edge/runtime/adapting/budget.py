@@ -3,6 +3,7 @@
 Linux tells battery and temperature under /sys; where a system does not, a limit on them cannot be kept, and is said.
 """
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -84,7 +85,7 @@ class Meter:
         budget, senses = self._budget, self._senses
         memory = senses.memory_bytes() if budget.memory_bytes else None
         if memory is not None and budget.memory_bytes and memory > budget.memory_bytes:
-            return f"memory_bytes: {memory} of {budget.memory_bytes}"
+            return f"memory: {memory / 1e6:.0f} of {budget.memory_bytes / 1e6:g} MB, Python and its libraries among them"
         charge = senses.battery_percent() if budget.battery_percent is not None else None
         if (
             charge is not None
@@ -108,9 +109,10 @@ def _read(path: Path) -> str:
 
 def _number(path: Path) -> float | None:
     try:
-        return float(_read(path))
+        found = float(_read(path))
     except ValueError:
         return None
+    return found if math.isfinite(found) else None
 
 
 def _supplies(folder: Path) -> list[Path]:
@@ -123,7 +125,8 @@ def _supplies(folder: Path) -> list[Path]:
 def _battery(folder: Path) -> float | None:
     # A keyboard's or a mouse's battery is not the device's.
     own = [each for each in _supplies(folder) if _read(each / "type") == "Battery" and _read(each / "scope") != "Device"]
-    found = [charge for each in own if (charge := _number(each / "capacity")) is not None]
+    # Some drivers tell a little more than 100; what is far from any share tells nothing.
+    found = [min(charge, 100.0) for each in own if (charge := _number(each / "capacity")) is not None and 0 <= charge <= 110]
     return min(found, default=None)
 
 
@@ -141,6 +144,6 @@ def _celsius(folder: Path) -> float | None:
 def _resident(status: Path) -> int | None:
     for line in _read(status).splitlines():
         name, _, value = line.partition(":")
-        if name == "VmRSS" and value.split()[:1]:
+        if name == "VmRSS" and value.split()[:1] and value.split()[0].isdecimal():
             return int(value.split()[0]) * 1024
     return None

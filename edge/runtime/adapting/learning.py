@@ -7,7 +7,7 @@ step alone: a training that was killed goes on to the same adapter, to the bit, 
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -24,8 +24,9 @@ from edge.runtime.adapting.preference import Array
 from edge.runtime.adapting.rows import Examples
 from edge.runtime.adapting.state import State, Trail, check_room
 from edge.runtime.gradient import Gradients
+from edge.runtime.manifest import BundleManifest
 from protocol.adapter import Adapter, Factors
-from protocol.errors import ConfigurationError, DivergenceError
+from protocol.errors import ConfigurationError, DivergenceError, shown
 from protocol.strict import Strict
 
 Watch = Callable[[int, float], None]
@@ -37,22 +38,22 @@ class Settings(Strict):
     """How a device learns."""
 
     r: PositiveInt = Field(8, le=1024, description="rank of a new adapter")
-    alpha: PositiveFloat = Field(16.0, description="a new adapter's change is scaled by alpha / r")
+    alpha: PositiveFloat = Field(16.0, le=1e6, description="a new adapter's change is scaled by alpha / r")
     targets: tuple[str, ...] = Field(
         (), description="modules of a new adapter, by the end of their names; empty: all that can learn"
     )
     learning_rate: PositiveFloat = Field(1e-3, description="of a step, after warm-up")
-    weight_decay: NonNegativeFloat = Field(0.0, description="decoupled, of a step")
+    weight_decay: NonNegativeFloat = Field(0.0, le=1e3, description="decoupled, of a step")
     batch_size: PositiveInt = Field(4, le=1024, description="examples at once, in memory")
     accumulation: PositiveInt = Field(1, le=1024, description="micro-batches of a step")
     max_grad_norm: PositiveFloat = Field(1.0, description="longer gradients are shortened to it")
     warmup_steps: NonNegativeInt = Field(0, description="over which the rate climbs")
     epochs: PositiveInt = Field(3, le=10_000, description="passes over the rows, if the budget lets")
-    beta: PositiveFloat = Field(0.1, description="DPO: how near the start it stays")
+    beta: PositiveFloat = Field(0.1, le=1e6, description="DPO: how near the start it stays")
     method: Literal["gradient", "forward-only"] = Field(
         "gradient", description="forward-only steps need no more memory than an answer, and hundreds of times the steps"
     )
-    perturbation: PositiveFloat = Field(1e-2, description="forward-only: how far both looks lie from the adapter")
+    perturbation: PositiveFloat = Field(1e-2, le=1e3, description="forward-only: how far both looks lie from the adapter")
     held_out: float = Field(0.1, ge=0, lt=1, description="share of the rows that measures and never trains, one at least")
     evaluate_every: PositiveInt = Field(20, description="steps between two measurements")
     patience: PositiveInt = Field(3, description="measurements without a better one after which it ends")
@@ -97,7 +98,7 @@ def new_adapter(gradients: Gradients, settings: Settings) -> Adapter:
     found = {end: [each for each in gradients.modules if f".{each}".endswith(f".{end}")] for end in settings.targets}
     if strange := [end for end, modules in found.items() if not modules]:
         raise ConfigurationError(
-            "adapt", [f"targets: {strange[0]}: none of the {len(gradients.modules)} that this bundle trains"]
+            "adapt", [f"targets: '{shown(strange[0], 100)}': none of the {len(gradients.modules)} that this bundle trains"]
         )
     chosen = {each for modules in found.values() for each in modules} or set(gradients.modules)
     factors = {}
@@ -140,9 +141,10 @@ class Learning:
         kept = Aside(trail.folder)
         self._passes = Passes(gradients, self._task, settings.batch_size, beta=settings.beta, frozen=self._frozen, kept=kept)
         self._held_out, self._training = _apart(examples.rows, settings)
-        self._probe, self._replay = _apart(replay.rows, settings) if replay else ((), ())
+        self._probe, self._replay = _apart(_others(replay.rows, examples.rows), settings) if replay else ([], [])
+        self._unreplayed = bool(replay) and not self._replay
         self._optimiser = AdamW(settings.learning_rate, weight_decay=settings.weight_decay, warmup_steps=settings.warmup_steps)
-        self._identity = self._identified()
+        self._identity = self._identified(gradients.manifest)
         gradients.check(self._passes.whole(start))
         every = (*examples.rows, *(replay.rows if replay else ()))
         gradients.check_rows([row for rows in every for row in rows], self._passes.whole(start))
@@ -154,10 +156,19 @@ class Learning:
             DivergenceError: The loss is no number any more; the state is forgotten.
             HardwareError: No room for the state.
         """
+        with np.errstate(all="ignore"):  # what is no number is looked for where it matters
+            return self._run(meter)
+
+    def _run(self, meter: Meter) -> Learnt:
         check_room(self._trail.folder, _KEPT * sum(each.nbytes for each in tensors(self._adapter).values()))
         state, said = self._trail.newest()
+        if self._unreplayed:
+            said.append("every row to be replayed is among those that are learnt: nothing is replayed")
         if state is not None and state.facts.get("identity") != self._identity:
-            said.append("a training of other rows, settings or another start was unfinished here; it is given up")
+            said.append("a training of other rows, settings, weights or another start was unfinished here; it is given up")
+            state = None
+        if state is not None and not self._holds(state):
+            said.append("the state of the unfinished training is not whole; it is given up")
             state = None
         at = self._begun() if state is None else _Place.of(state, self._trail.folder)
         if self._task == "dpo":
@@ -173,6 +184,8 @@ class Learning:
             if at.step % self._settings.evaluate_every == 0:
                 at = self._measured(at)
             self._trail.keep(at.state(self._identity))
+        if stopped and not at.step:
+            self._trail.keep(at.state(self._identity))  # or a short budget would go into the first measurement each time
         if at.step % self._settings.evaluate_every:
             at = self._measured(at)
         best = with_tensors(self._adapter, at.best)
@@ -207,12 +220,13 @@ class Learning:
         if loss is None:
             return None
         shortened = shortening(at.gradients.values(), self._settings.max_grad_norm)
-        if not (math.isfinite(loss) and math.isfinite(shortened)):
+        if math.isfinite(loss) and math.isfinite(shortened):
+            self._optimiser.step(at.tensors, at.gradients, at.moments, at.step + 1, shortened)
+        if not (math.isfinite(loss) and math.isfinite(shortened) and _finite(at.tensors)):
             self._trail.forget()
             raise DivergenceError(
-                f"step {at.step + 1}: the loss is no number any more; lower the learning rate; nothing is kept"
+                f"step {at.step + 1}: the loss or a weight is no number any more; lower the learning rate; nothing is kept"
             )
-        self._optimiser.step(at.tensors, at.gradients, at.moments, at.step + 1, shortened)
         self._watch(at.step + 1, loss)
         return replace(at, step=at.step + 1)
 
@@ -273,14 +287,27 @@ class Learning:
         first = (step % steps) * size
         return [rows[at] for at in order[first : first + size]]
 
-    def _identified(self) -> str:
-        """What a state belongs to: rows, settings and the places that are trained; where it began is in the state itself."""
+    def _holds(self, state: State) -> bool:
+        """Whether a state has all that a training goes on from; whoever wrote it may have been another."""
+        own, sets = tensors(self._adapter), ("start", "now", "best", "moment|m", "moment|v")
+        shapes = {f"{part}|{name}": each.shape for part in sets for name, each in own.items()}
+        if {name: each.shape for name, each in state.arrays.items()} != shapes or not _finite(state.arrays):
+            return False
+        counts, figures = ([state.facts.get(name) for name in names] for names in (("step", "worse"), ("before", "found")))
+        pairs = [each if isinstance(each, list) else [] for each in figures]
+        return all(type(each) is int and each >= 0 for each in counts) and all(
+            list(map(type, each)) == [float, float] for each in pairs
+        )
+
+    def _identified(self, manifest: BundleManifest) -> str:
+        """What a state belongs to: weights, rows, settings, places that are trained; where it began is in the state itself."""
         shapes = {name: list(each.shape) for name, each in tensors(self._adapter).items()}
         rows = [
             [[list(row.ids), row.labels if isinstance(row.labels, int) else list(row.labels)] for row in each]
             for each in (*self._held_out, *self._training, *self._probe, *self._replay)
         ]
-        told = [self._settings.model_dump(mode="json"), self._task, shapes, self._frozen.digest(), rows]
+        files = sorted((path, file.sha256) for path, file in manifest.files.items() if path.startswith(("model.", "training/")))
+        told = [files, self._settings.model_dump(mode="json"), self._task, shapes, self._frozen.digest(), rows]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
@@ -340,15 +367,35 @@ class _Place:
         return replace(self, worse=self.worse + 1)
 
 
-def _apart(rows: Sequence[Example], settings: Settings) -> tuple[Sequence[Example], Sequence[Example]]:
-    """Rows that measure and rows that train. Equal rows stay together, or what was trained would be measured."""
+def _apart(rows: Sequence[Example], settings: Settings) -> tuple[list[Example], list[Example]]:
+    """Rows that measure and rows that train, by a hash of what they say.
+
+    So a row that measured in one training measures in the next, whatever came to it; and equal rows stay together, or what was
+    trained would be measured.
+    """
     count = max(1, round(settings.held_out * len(rows))) if settings.held_out and len(rows) > 1 else 0
-    groups: dict[tuple[tuple[int, ...], ...], list[Example]] = {}
+    groups: dict[bytes, list[Example]] = {}
     for each in rows:
-        groups.setdefault(tuple(tuple(row.ids) for row in each), []).append(each)
-    kinds = list(groups.values())
+        groups.setdefault(_digest(each), []).append(each)
     held: list[Example] = []
     trains: list[Example] = []
-    for at in np.random.default_rng(settings.seed).permutation(len(kinds)):
-        (held if len(held) < count and len(kinds) > 1 else trains).extend(kinds[at])
-    return (held, trains) if trains else ((), held)
+    order = sorted(groups)
+    for key in order[:-1]:
+        (held if len(held) < count else trains).extend(groups[key])
+    for key in order[-1:]:  # whatever the share: where nothing trains there is nothing to measure
+        trains.extend(groups[key])
+    return held, trains
+
+
+def _others(replay: Sequence[Example], rows: Sequence[Example]) -> list[Example]:
+    """What is replayed but for what is learnt now: of it some rows measure, and must not train."""
+    now = {_digest(each) for each in rows}
+    return [each for each in replay if _digest(each) not in now]
+
+
+def _digest(example: Example) -> bytes:
+    return hashlib.sha256(json.dumps([list(row.ids) for row in example]).encode()).digest()
+
+
+def _finite(arrays: Mapping[str, Array]) -> bool:
+    return all(each.dtype == np.float32 and bool(np.isfinite(each).all()) for each in arrays.values())

@@ -5,6 +5,7 @@ They never leave the device by anything here. A folder holds ``adapter-NUMBER.st
 """
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -42,13 +43,12 @@ class Personal:
     """The adapters of one purpose on one device.
 
     Args:
-        folder: Made where it is not there; for its owner's eyes alone.
+        folder: Made by the first one that is kept; for its owner's eyes alone.
         seal: Where the files are to be sealed.
     """
 
     def __init__(self, folder: Path, seal: Seal | None = None) -> None:
         self.folder, self._seal = folder, seal
-        private_folder(folder)
 
     def current(self) -> tuple[Version | None, list[str]]:
         """The one in use, None for the bundle's own; and what was wrong with files, where an older one had to be taken."""
@@ -63,10 +63,11 @@ class Personal:
 
     def numbers(self) -> list[int]:
         """Of all that are kept, in order."""
-        return sorted(int(match[1]) for path in self.folder.iterdir() if (match := _FILE.fullmatch(path.name)))
+        return sorted(int(match[1]) for path in self.folder.glob("*.state") if (match := _FILE.fullmatch(path.name)))
 
     def keep(self, adapter: Adapter, facts: Mapping[str, Any]) -> int:
         """Puts an adapter into use; gives its number."""
+        private_folder(self.folder)
         number = max(self.numbers(), default=0) + 1
         told = {"facts": dict(facts), "scaling": {module: pair.scaling for module, pair in adapter.factors.items()}}
         name = _name(number)
@@ -95,24 +96,29 @@ class Personal:
         content = read(self.folder / name)
         state = unpacked(self._seal.open(content, name) if self._seal else content)
         try:
-            scaling, facts, held = state.facts["scaling"], state.facts["facts"], state.arrays
+            scaling, facts, held = state.facts["scaling"], dict(state.facts["facts"]), state.arrays
+            labels = facts.get("labels") or []
             factors = {
                 module: Factors(held[f"A|{module}"], held[f"B|{module}"], float(each)) for module, each in scaling.items()
             }
         except (KeyError, TypeError, ValueError, AttributeError):
             raise AdapterError("holds no adapter") from None
         dense = {key[2:]: each for key, each in held.items() if key.startswith("D|")}
+        if not isinstance(labels, list) or not all(isinstance(each, str) for each in labels):
+            raise AdapterError("holds labels that are no texts")
+        if not all(each.dtype == np.float32 and np.isfinite(each).all() for each in held.values()):
+            raise AdapterError("holds numbers that are not finite float32")
         return Version(number, Adapter(factors, dense), facts)
 
     def _pointer(self, wrong: list[str]) -> int:
         path = self.folder / _CURRENT
-        if not path.exists():
+        if not os.path.lexists(path):
             return 0
         try:
             number = json.loads(read(path))["version"]
-            if isinstance(number, int) and number >= 0:
+            if type(number) is int and number >= 0:
                 return number
-        except (AdapterError, ValueError, KeyError, TypeError):
+        except (AdapterError, ValueError, KeyError, TypeError, RecursionError):
             pass
         newest = max(self.numbers(), default=0)
         wrong.append(f"{_CURRENT} is damaged; the newest version, {newest}, is used")

@@ -26,6 +26,7 @@ from protocol.errors import DataError
 
 Task = Literal["sft", "classification", "dpo"]
 MOST_ROWS: Final = 100_000
+MOST_BYTES: Final = 2**28
 LONGEST_LINE: Final = 2**20
 _IGNORED = -100
 _KEYS: Mapping[frozenset[str], str] = {
@@ -62,11 +63,14 @@ def read(path: Path) -> list[dict[str, Any]]:
         DataError: It cannot be read, or a line is too long or no object.
     """
     found: list[dict[str, Any]] = []
+    size = 0
     try:
         with path.open("rb") as file:
             for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), 1):
                 if len(line) > LONGEST_LINE:
                     raise DataError(f"{path}: line {number} is longer than {LONGEST_LINE} bytes")
+                if (size := size + len(line)) > MOST_BYTES:
+                    raise DataError(f"{path}: line {number} ends beyond {MOST_BYTES} bytes; give fewer rows at a time")
                 if not line.strip():
                     continue
                 if len(found) == MOST_ROWS:
@@ -163,7 +167,7 @@ class RowReader:
             *before, last = _messages(record["messages"])
             if last.get("role") != "assistant":
                 raise DataError("its last message is not the assistant's; expected what is to be learnt")
-            return "sft", (self._answered(before, str(last.get("content", ""))),)
+            return "sft", (self._answered(before, _text(last, "content")),)
         prompt = record["prompt"]
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _messages(prompt)
         if kind == "answer":
@@ -200,7 +204,7 @@ def _learnable(row: Row) -> bool:
 
 
 def _text(record: Mapping[str, Any], key: str) -> str:
-    found = record[key]
+    found = record.get(key)
     if not isinstance(found, str) or not found.strip():
         raise DataError(f"its {key} is no text, or an empty one")
     return found

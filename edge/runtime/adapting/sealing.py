@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from edge.runtime.adapting.state import MAGIC, Seal
 from protocol.durable import alone
-from protocol.errors import AdapterError, VaultError
+from protocol.errors import AdapterError, ConfigurationError, VaultError
 from protocol.files import private_folder
 from protocol.vault import SUFFIX, Vault, is_sealed
 from protocol.wiping import wipe
@@ -65,7 +65,7 @@ def seal_of(folder: Path, vault: Vault | None) -> Seal | None:
     Raises:
         VaultError: The folder is sealed and there is no key or another one, or it is not sealed and there is one.
     """
-    begins = {path: _first(path, len(MAGIC)) for path in sorted(folder.glob("*.state"))} if folder.is_dir() else {}
+    begins = {path: _first(path, len(MAGIC)) for path in sorted(folder.glob("*.state")) if path.is_file()}
     sealed = [path for path in begins if is_sealed(path)]
     if vault is None:
         if sealed:
@@ -73,7 +73,7 @@ def seal_of(folder: Path, vault: Vault | None) -> Seal | None:
         return None
     if clear := [path for path, begin in begins.items() if begin == MAGIC]:
         raise VaultError(
-            f"{folder}: {len(clear)} of its files were written without a key; leave it out, or name another folder"
+            f"{folder}: {len(clear)} of its files were written without a key; leave out --vault, or name another folder"
         )
     seal = VaultSeal(vault)
     if sealed and not any(_opens(seal, path) for path in sealed):
@@ -87,20 +87,34 @@ class SealedDocument:
     """One JSON object in a file that nobody reads without the key; written whole or not at all.
 
     Args:
-        folder: Made where it is not there; for its owner's eyes alone.
+        folder: Made by whoever changes it first, and then for its owner's eyes alone; who only reads leaves it as it is.
         name: Of the file, without suffix.
         vault: Its key.
         most_bytes: Longer files are none of ours.
+
+    Raises:
+        ConfigurationError: What is there is no folder.
     """
 
     def __init__(self, folder: Path, name: str, vault: Vault, most_bytes: int) -> None:
         self.path, self._vault, self._most = folder / f"{name}{SUFFIX}", vault, most_bytes
         self._what = _identity(name)
-        private_folder(folder)
+        if folder.exists() and not folder.is_dir():
+            raise ConfigurationError("folder", [f"{folder}: is none; name another"])
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """No other process or thread reads and writes it meanwhile."""
+        """No other process or thread reads and writes it meanwhile.
+
+        Raises:
+            ConfigurationError: Its folder is none, and cannot be made.
+        """
+        try:
+            private_folder(self.path.parent)
+        except OSError as error:
+            reason = os.strerror(error.errno or 0)
+            problem = f"{self.path.parent}: cannot be made or closed to others ({reason}); name another"
+            raise ConfigurationError("folder", [problem]) from None
         with self.path.with_name(f".{self.path.name}.lock").open("w", encoding="utf-8") as file:
             alone(file.fileno())
             yield

@@ -8,8 +8,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -20,13 +20,15 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from protocol.durable import to_disk
-from protocol.errors import AdapterError, HardwareError
+from protocol.errors import AdapterError, ConfigurationError, HardwareError, NotNowError
+from protocol.files import private_folder
 
 Array = NDArray[Any]
 MAGIC: Final = b"fedge-state-1\n"
 _HEAD = len(MAGIC) + 8 + 32
 _LARGEST = 2**36
 _FILES: Final = ("training-a.state", "training-b.state")
+_DRAFTS: Final = (".training-[ab].state.draft", ".adapter-*.state.draft", ".current.json.draft")
 
 
 class Seal(Protocol):
@@ -72,7 +74,7 @@ def unpacked(content: bytes) -> State:
     try:
         tensors = load(body)
         facts = json.loads(tensors.pop("facts").tobytes())
-    except (SafetensorError, KeyError, ValueError):
+    except (SafetensorError, KeyError, ValueError, RecursionError):
         raise AdapterError("its bytes hold, but no state is in them; another fedge may have written it") from None
     return State(facts, {name.removeprefix("t|"): each for name, each in tensors.items()})
 
@@ -85,7 +87,8 @@ def write(path: Path, content: bytes) -> None:
     """
     draft = path.with_name(f".{path.name}.draft")
     try:
-        handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        draft.unlink(missing_ok=True)  # of one that was killed; or a link or a pipe that somebody put there
+        handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
@@ -114,6 +117,44 @@ def check_room(folder: Path, size: int) -> None:
         raise HardwareError(
             f"{folder}: {free} bytes are free, and a training keeps {size} there; make room; nothing was changed"
         )
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """One process, and one thread of it, changes what is learnt in a folder; others are told so.
+
+    Args:
+        folder: Made where it is not there, closed to others than its owner, and rid of what killed ones left half-written.
+
+    Raises:
+        ConfigurationError: It is no folder, and none can be made there.
+        NotNowError: Another one is at work.
+    """
+    try:
+        private_folder(folder)
+        handle = os.open(folder, os.O_RDONLY) if os.name == "posix" else None  # elsewhere folders cannot be opened
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        raise ConfigurationError("adapt", [f"folder: {folder}: cannot be made or opened ({reason}); name another"]) from None
+    try:
+        if handle is not None:
+            _hold(handle, folder)
+        for left in (path for pattern in _DRAFTS for path in folder.glob(pattern)):
+            with suppress(OSError):
+                left.unlink()
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _hold(handle: int, folder: Path) -> None:
+    import fcntl
+
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise NotNowError(f"{folder}: another process learns there; wait for its end, or end it: its state stays") from None
 
 
 def read(path: Path) -> bytes:
@@ -154,7 +195,7 @@ class Trail:
                 content = read(path)
                 state = unpacked(self._seal.open(content, name) if self._seal else content)
                 found.append((int(state.facts["written"]), at, state))
-            except (AdapterError, KeyError, TypeError, ValueError) as error:
+            except (AdapterError, KeyError, TypeError, ValueError, OverflowError) as error:
                 wrong.append(
                     f"{name} is damaged ({error if isinstance(error, AdapterError) else 'no state'}); the one before is used"
                 )

@@ -15,6 +15,7 @@ from client.memory import Memory
 from client.node import Node
 from edge.runtime.adapting import budget
 from edge.runtime.adapting.adapt import in_use
+from edge.runtime.adapting.personal import Personal
 from edge.runtime.adapting.schedule import SCHEDULES, share
 from edge.runtime.manifest import parsed
 from protocol.adapter import Adapter, Factors
@@ -24,6 +25,7 @@ from protocol.errors import (
     BundleError,
     ConfigurationError,
     DataError,
+    DivergenceError,
     ModelError,
     NotNowError,
     SignatureError,
@@ -212,6 +214,15 @@ def test_what_the_bundle_cannot_is_refused_with_numbers(node, drawn, tmp_path):
     )
     with pytest.raises(AdapterError, match="rank 300; expected 1 to 256"):
         device.train(Received(call_of(plan_of(), 2, wide), wide), node, memory())
+    name, pair = next(iter(drawn.factors.items()))
+    turned = Factors(np.zeros((2, pair.shape[0]), "f4"), np.zeros((pair.shape[1], 2), "f4"))
+    for strange, said in (
+        (Adapter({**drawn.factors, "model.nowhere": pair}), "1 parts of the adapter are none of the 10 modules"),
+        (Adapter(drawn.factors, {"score.weight": np.zeros((2, 2), "f4")}), "1 parts of the adapter"),
+        (Adapter({name: turned}), "changes a weight of shape"),
+    ):
+        with pytest.raises(AdapterError, match=said):
+            device.train(Received(call_of(plan_of(), 2, strange), strange), node, memory())
     (tmp_path / "nothing").mkdir()
     with pytest.raises(BundleError):
         device.join(call_of(plan_of(), 0), node.model_copy(update={"device": tmp_path / "nothing"}))
@@ -306,6 +317,35 @@ def test_its_own_adapter_stays_on_the_device_and_is_better_there(node, drawn, tm
     assert max(served.ranks().values()) == 10
     assert device.evaluate(whole, node, memory())[0]["loss"] < device.evaluate(received, node, memory())[0]["loss"]
     device.train(received, own, memory())  # the next round goes on from it
+
+
+@pytest.mark.parametrize(
+    "training", [{"max_steps": 10**400}, {"batch_size": 10**6}, {"max_steps": None, "num_train_epochs": 1e300}]
+)
+def test_a_plan_that_would_exhaust_a_device_is_refused_before_anything_is_drawn(node, training):
+    with pytest.raises(ConfigurationError, match="a device takes"):
+        device.train(Received(call_of(plan_of(training=training)), Adapter()), node, memory())
+
+
+def test_weights_that_are_no_numbers_never_leave(node, drawn):
+    """The only step's loss is a number; what the step makes of the weights is none."""
+    call = call_of(plan_of(training={"learning_rate": 1e38, "max_steps": 1}), 2, drawn)
+    with np.errstate(all="ignore"), pytest.raises(DivergenceError, match="a weight is no number"):
+        device.train(Received(call, drawn), node, memory())
+
+
+def test_an_own_adapter_of_another_base_or_of_strange_facts_is_begun_anew(node, drawn, tmp_path):
+    """The round goes on whatever lies in the device's own folder; a folder that is a file only costs the own adapter."""
+    received = Received(call_of(plan_of(), 2, drawn), drawn)
+    base = parsed((node.device / "manifest.json").read_bytes()).base_digest
+    for at, facts in enumerate(({"base_digest": "00" * 32, "own-rank": 4}, {"base_digest": base, "own-rank": "x"})):
+        folder = tmp_path / str(at)
+        Personal(folder).keep(drawn, facts)
+        device.train(received, node.model_copy(update={"device_own": folder}), memory())
+        assert Personal(folder).current()[0].facts["own-rank"] == 4
+        assert not list(folder.glob("training-*"))  # it came to its end
+    (tmp_path / "file").touch()
+    device.train(received, node.model_copy(update={"device_own": tmp_path / "file"}), memory())
 
 
 ABSENT = ("torch", "transformers", "peft", "onnx", "onnx_ir", "onnxscript", "accelerate", "datasets", "trl", "optimum")

@@ -1,6 +1,7 @@
 """A device learns from its own rows: what it keeps, what it gives up, and that being killed changes nothing."""
 
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -12,19 +13,21 @@ import numpy as np
 import pytest
 
 from edge.runtime import gradient
-from edge.runtime.adapting.adapt import Adapted, Device, adapt, in_use
+from edge.runtime.adapting.adapt import Adapted, Device, _verdict, adapt, in_use
 from edge.runtime.adapting.budget import Budget, Meter
-from edge.runtime.adapting.learning import Learning, Settings, new_adapter
+from edge.runtime.adapting.learning import Learning, Learnt, Settings, _apart, new_adapter
+from edge.runtime.adapting.passes import Figures
 from edge.runtime.adapting.personal import Personal, on_top, tensors
 from edge.runtime.adapting.rows import RowReader
-from edge.runtime.adapting.state import Trail
+from edge.runtime.adapting.state import State, Trail, alone_in, packed, unpacked
 from edge.runtime.manifest import TOKENIZER
 from edge.runtime.model import open as opened
 from edge.runtime.session import Resources
 from edge.runtime.tokens import Tokeniser
+from edge.runtime.training_rows import Row
 from edge.runtime.verify import content
 from protocol.adapter import Adapter, Factors
-from protocol.errors import AdapterError, BundleError, ConfigurationError, DataError, DivergenceError
+from protocol.errors import AdapterError, BundleError, ConfigurationError, DataError, DivergenceError, NotNowError
 
 ONE = Resources(threads=1)
 QUICK = Settings(learning_rate=0.01, epochs=2, evaluate_every=5, r=4, targets=("q_proj", "v_proj"))
@@ -249,6 +252,30 @@ def test_replayed_rows_are_forgotten_less(bundle, tmp_path):
     assert forgot[0.5] <= 0.5 * forgot[0.0]
 
 
+def test_a_row_that_measures_never_trains_again_and_is_never_replayed(bundle, tmp_path):
+    """Whatever comes later: the same row of a longer list is held back again, and a buffer of all rows replays no such one."""
+    found = gradient.open(*bundle, resources=ONE)
+    tokens = Tokeniser(content(bundle[0], found.manifest, TOKENIZER), found.manifest.tokens)
+    reader = RowReader(found.manifest, tokens, found.largest_tokens)
+    rows = [{"prompt": f"Row {number}?", "answer": f"It is {number}."} for number in range(40)]
+    settings = QUICK.model_copy(update={"held_out": 0.25})
+    few, all_of_them = reader.examples(rows[:20]), reader.examples(rows)
+
+    def learning(examples, replay=None):
+        start = new_adapter(found, settings)
+        return Learning(found, examples, settings, start, Trail(tmp_path), replay=replay)
+
+    def told(rows):
+        return {tuple(each[0].ids) for each in rows}
+
+    first, second = learning(few), learning(all_of_them, replay=few)
+    assert len(first._held_out) == 5
+    assert len(told(first._held_out) & told(second._training)) <= 1  # a quarter of other rows ends elsewhere
+    buffered = learning(few, replay=all_of_them)
+    assert told(buffered._replay) | told(buffered._probe) == told(all_of_them.rows) - told(few.rows)
+    assert second._replay == second._probe == []
+
+
 def test_what_forgets_too_much_is_not_kept(bundle, learnt, tmp_path):
     folder = tmp_path / "own"
     shutil.copytree(learnt[1], folder)
@@ -315,6 +342,95 @@ def test_an_adapter_of_another_base_is_not_used(bundle, learnt, tmp_path):
         in_use(bundle[0], opened(*bundle).manifest, folder)
 
 
+def test_a_version_of_another_base_is_not_trained_on_and_it_is_said(bundle, learnt, tmp_path):
+    """The new one is that of a folder in which nothing was learnt before."""
+    Personal(tmp_path).keep(Personal(learnt[1]).current()[0].adapter, {"base_digest": "00" * 32})
+    made = learn(bundle, tmp_path)
+    assert "version 1 was made for another base; a new adapter is begun" in made.learnt.said
+    assert digest(tmp_path) == digest(learnt[1])
+
+
+def test_a_version_that_lies_on_another_adapter_is_not_trained_without_it(bundle, learnt, tmp_path):
+    """Its figures would be of what nobody uses."""
+    found = Personal(learnt[1]).current()[0]
+    Personal(tmp_path).keep(found.adapter, {**found.facts, "beneath": "north"})
+    with pytest.raises(ConfigurationError, match="--adapter north --beneath, or roll back"):
+        learn(bundle, tmp_path)
+    assert digest(tmp_path) == digest(learnt[1])
+
+
+def test_a_rank_that_is_not_that_of_the_version_in_use_is_told(bundle, learnt, tmp_path):
+    shutil.copytree(learnt[1], tmp_path / "own")
+    made = learn(bundle, tmp_path / "own", budget=Budget(steps=1), settings=QUICK.model_copy(update={"r": 16}))
+    assert "r: 16 is of a new adapter; version 1 goes on with rank 4" in made.learnt.said
+
+
+def test_a_second_training_in_the_same_folder_is_refused(bundle, tmp_path):
+    with alone_in(tmp_path), pytest.raises(NotNowError, match="another process learns there"):
+        learn(bundle, tmp_path)
+
+
+@pytest.mark.parametrize("harm", ["arrays", "numbers", "facts"])
+def test_a_forged_state_is_given_up_and_it_is_said(bundle, learnt, tmp_path, harm):
+    """It has the right identity and a sum that holds."""
+    learn(bundle, tmp_path, budget=Budget(steps=2))
+    for path in [*tmp_path.glob("adapter-*"), tmp_path / "current.json"]:
+        path.unlink(missing_ok=True)
+    for path in tmp_path.glob("training-*.state"):
+        state = unpacked(path.read_bytes())
+        facts, arrays = dict(state.facts), dict(state.arrays)
+        name = next(name for name in arrays if name.startswith("now|"))
+        if harm == "facts":
+            facts["before"] = 3
+        elif harm == "arrays":
+            del arrays[name]
+        else:
+            arrays[name] = np.full_like(arrays[name], np.nan)
+        path.write_bytes(packed(State(facts, arrays)))
+    made = learn(bundle, tmp_path)
+    assert "the state of the unfinished training is not whole; it is given up" in made.learnt.said
+    assert digest(tmp_path) == digest(learnt[1])
+
+
+def test_a_last_step_that_leaves_no_numbers_is_forgotten(bundle, tmp_path):
+    """Its loss was one; kept, its state would end every later call."""
+    with pytest.raises(DivergenceError):
+        learn(bundle, tmp_path, budget=Budget(steps=1), settings=QUICK.model_copy(update={"learning_rate": 1e38}))
+    assert Trail(tmp_path).newest() == (None, [])
+    assert learn(bundle, tmp_path, budget=Budget(steps=1)).learnt.steps == 1
+
+
+def test_a_budget_that_ends_in_the_first_measurement_keeps_it(bundle, tmp_path):
+    """Or a device with little time would measure each time and never come to a step."""
+    made = learn(bundle, tmp_path, budget=Budget(seconds=1e-9))
+    assert (made.version, made.learnt.steps, made.why) == (None, 0, "no step was taken")
+    state, wrong = Trail(tmp_path).newest()
+    assert (state.facts["step"], wrong) == (0, [])
+
+
+@pytest.mark.parametrize(("kinds", "share", "held"), [((1, 7), 0.2, 1), ((1, 1, 1, 1), 0.99, 3), ((8,), 0.5, 0)], ids=str)
+def test_whatever_the_share_something_trains_and_what_can_be_held_back_is(kinds, share, held):
+    rows = [(Row([kind, 1], [kind, 1]),) for kind, count in enumerate(kinds) for _ in range(count)]
+    for seed in range(5):
+        measures, trains = _apart(rows, Settings(held_out=share, seed=seed))
+        assert len(measures) + len(trains) == len(rows)
+        assert len(trains) > 0
+        assert (len(measures) > 0) == (held > 0)
+        ids = [{tuple(row.ids) for (row,) in some} for some in (measures, trains)]
+        assert not ids[0] & ids[1]
+
+
+def test_figures_that_are_no_numbers_keep_nothing():
+    def learnt_of(after, forgot=None):
+        return Learnt(Adapter(), Figures(1.0, 0.0), Figures(after, 0.0), forgot, 3, "")
+
+    settings = Settings(most_forgetting=0.1)
+    assert not _verdict(learnt_of(math.nan), Figures(math.nan, 0.0), settings, measured=True)[0]
+    forgot = Figures(1.0, 0.0), Figures(math.nan, 0.0)
+    assert not _verdict(learnt_of(0.5, forgot), Figures(1.0, 0.0), settings, measured=True)[0]
+    assert _verdict(learnt_of(0.5), Figures(1.0, 0.0), settings, measured=True)[0]
+
+
 def test_the_verbs_tell_what_was_learnt(bundle, learnt, tmp_path, capsys):
     from typer.testing import CliRunner
 
@@ -354,9 +470,9 @@ def test_the_page_says_how(bundle, tmp_path, monkeypatch):
     (lines,) = (
         each
         for each in re.findall(r"^```bash\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-        if "edge adapt bundles/1 own" in each
+        if "edge adapt bundles/learner own" in each
     )
-    shutil.copytree(bundle[0], tmp_path / "bundles" / "1")
+    shutil.copytree(bundle[0], tmp_path / "bundles" / "learner")
     (tmp_path / "release.pub").write_bytes(public(bundle[1]))
     (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     monkeypatch.chdir(tmp_path)

@@ -1,6 +1,9 @@
 """What a device learns with, each part against torch, arithmetic, or what it promises of files."""
 
 import json
+import math
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge.runtime.adapting.adamw import AdamW, shortening
-from edge.runtime.adapting.budget import Budget, Meter, Senses, _battery, _celsius, _charging
+from edge.runtime.adapting.budget import Budget, Meter, Senses, _battery, _celsius, _charging, _resident
 from edge.runtime.adapting.personal import Personal
 from edge.runtime.adapting.preference import dpo
-from edge.runtime.adapting.state import State, Trail, packed, unpacked
+from edge.runtime.adapting.sealing import seal_of
+from edge.runtime.adapting.state import State, Trail, alone_in, packed, unpacked
 from protocol.adapter import Adapter, Factors
-from protocol.errors import AdapterError
+from protocol.errors import AdapterError, ConfigurationError, NotNowError
 
 
 def test_adamw_is_torchs_for_fifty_steps():
@@ -95,7 +99,7 @@ class Clock:
         ({"battery_percent": 20}, {"battery_percent": 20.0}, ""),
         ({"celsius": 60}, {"celsius": 61.0}, "celsius: 61 of 60"),
         ({"celsius": 60}, {"celsius": 60.0}, ""),
-        ({"memory_bytes": 1000}, {"memory_bytes": 1001}, "memory_bytes: 1001 of 1000"),
+        ({"memory_bytes": 10**6}, {"memory_bytes": 2 * 10**6}, "memory: 2 of 1 MB, Python and its libraries among them"),
         ({"memory_bytes": 1000}, {"memory_bytes": 1000}, ""),
     ],
     ids=["low", "low-charging", "enough", "hot", "warm", "large", "fits"],
@@ -136,6 +140,14 @@ def test_linuxs_files_are_read(tmp_path):
             (folder / file).write_text(f"{text}\n")
     assert (_battery(tmp_path / "power"), _charging(tmp_path / "power")) == (40, True)
     assert _celsius(tmp_path / "heat") == 67.25
+    for said in ("nan", "inf", "-5", "1e9", "", "many"):  # no charge of anything
+        (tmp_path / "power" / "BAT1" / "capacity").write_text(said)
+        assert _battery(tmp_path / "power") == 81
+        (tmp_path / "heat" / "thermal_zone1" / "temp").write_text(said)
+    assert _celsius(tmp_path / "heat") == 41.5
+    for said, size in (("VmRSS:\t 7 kB", 7168), ("VmRSS: many", None), ("VmRSS:", None), ("", None)):
+        (tmp_path / "status").write_text(f"Name: x\n{said}\n")
+        assert _resident(tmp_path / "status") == size
     nowhere = tmp_path / "nowhere"
     assert (_battery(nowhere), _charging(nowhere), _celsius(nowhere)) == (None, None, None)
 
@@ -218,8 +230,17 @@ def test_a_damaged_version_gives_way_to_the_one_before_and_it_is_said(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{}", b"[]", b'{"version": "3"}', b"\xff", json.dumps({"version": -1}).encode()],
-    ids=["empty", "no-version", "list", "text", "no-json", "negative"],
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b'{"version": "../3"}',
+        b'{"version": true}',
+        b"\xff",
+        b"[" * 10_000,
+        json.dumps({"version": -1}).encode(),
+    ],
+    ids=["empty", "no-version", "list", "path", "bool", "no-json", "deep", "negative"],
 )
 def test_a_damaged_pointer_means_the_newest_and_it_is_said(tmp_path, content):
     own = Personal(tmp_path)
@@ -235,3 +256,81 @@ def test_only_the_last_five_versions_are_kept(tmp_path):
     for seed in range(8):
         own.keep(adapter(seed), {})
     assert own.numbers() == [4, 5, 6, 7, 8]
+
+
+HOSTILE = {
+    "numbers": State(
+        {"scaling": {"q": 1.0}, "facts": {}}, {"A|q": np.full((1, 2), np.nan, "f4"), "B|q": np.zeros((2, 1), "f4")}
+    ),
+    "kind": State({"scaling": {"q": 1.0}, "facts": {}}, {"A|q": np.zeros((1, 2)), "B|q": np.zeros((2, 1))}),
+    "scaling": State({"scaling": [1], "facts": {}}),
+    "facts": State({"scaling": {}, "facts": 5}),
+    "labels": State({"scaling": {}, "facts": {"labels": 5}}),
+    "nothing": State({}),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_version_whose_sum_holds_and_whose_content_does_not_gives_way_too(tmp_path, name):
+    own = Personal(tmp_path)
+    for seed in range(2):
+        own.keep(adapter(seed), {})
+    (tmp_path / "adapter-2.state").write_bytes(packed(HOSTILE[name]))
+    found, wrong = own.current()
+    assert (found.number, len(wrong)) == (1, 1)
+
+
+@pytest.mark.parametrize("facts", [[1], {}, {"written": math.inf}, {"written": None}, "x"], ids=str)
+def test_a_state_of_strange_facts_is_damaged_and_it_is_said(tmp_path, facts):
+    (tmp_path / "training-a.state").write_bytes(packed(State(facts)))
+    state, wrong = Trail(tmp_path).newest()
+    assert state is None
+    assert "training-a.state is damaged" in wrong[0]
+
+
+@pytest.mark.parametrize("put", ["pipe", "folder", "dangling"])
+def test_what_is_no_file_is_neither_waited_for_nor_followed(tmp_path, put):
+    """A pipe would be waited for without end; a draft that is a link would write over what it names."""
+    make = {"pipe": os.mkfifo, "folder": Path.mkdir, "dangling": lambda path: path.symlink_to("nowhere")}[put]
+    for name in ("adapter-1.state", "training-a.state", "current.json"):
+        make(tmp_path / name)
+    assert seal_of(tmp_path, None) is None
+    found, wrong = Personal(tmp_path).current()
+    assert found is None
+    assert "current.json is damaged" in wrong[0]
+    assert Trail(tmp_path).newest()[0] is None
+
+
+@pytest.mark.parametrize("put", ["pipe", "link"])
+def test_a_draft_that_is_there_is_taken_away_and_not_written_into(tmp_path, put):
+    victim, draft = tmp_path / "victim", tmp_path / ".current.json.draft"
+    victim.write_text("as it was")
+    os.mkfifo(draft) if put == "pipe" else draft.symlink_to(victim)
+    Personal(tmp_path)._point(1)
+    assert (victim.read_text(), json.loads((tmp_path / "current.json").read_bytes())) == ("as it was", {"version": 1})
+    assert not (tmp_path / "current.json").is_symlink()
+
+
+def test_one_at_a_time_learns_in_a_folder_and_what_a_killed_one_left_is_gone(tmp_path):
+    own = tmp_path / "own"
+    with alone_in(own):
+        assert own.stat().st_mode & 0o777 == 0o700
+        (own / ".adapter-1.state.draft").touch()
+        with pytest.raises(NotNowError, match="another process learns there"), alone_in(own):
+            pass
+    with alone_in(own):
+        assert not list(own.iterdir())
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigurationError, match="name another"), alone_in(place):
+            pass
+
+
+def test_who_only_looks_into_a_folder_changes_nothing_of_it(tmp_path):
+    """A folder of somebody's, named by mistake, stays open to others; one on a disk that cannot be written can be read."""
+    tmp_path.chmod(0o755)
+    assert Personal(tmp_path).current() == (None, [])
+    assert Trail(tmp_path).newest() == (None, [])
+    assert tmp_path.stat().st_mode & 0o777 == 0o755
+    assert Personal(tmp_path / "nowhere").numbers() == []
+    assert not (tmp_path / "nowhere").exists()

@@ -92,6 +92,8 @@ BAD = {
     "role": {"messages": [{"role": CANARY, "content": CANARY}, {"role": "assistant", "content": "a"}]},
     "last-is-users": {"messages": [{"role": "user", "content": CANARY}]},
     "content": {"messages": [{"role": "user", "content": 3}, {"role": "assistant", "content": CANARY}]},
+    "answer-null": {"messages": [{"role": "user", "content": CANARY}, {"role": "assistant", "content": None}]},
+    "answer-missing": {"messages": [{"role": "user", "content": CANARY}, {"role": "assistant"}]},
     "nothing-asked": {"messages": [{"role": "assistant", "content": CANARY}]},
     "thousands": {"messages": [{"role": "user", "content": "a"}] * 1025},
     "label-of-decoder": {"text": CANARY, "label": "yes"},
@@ -129,6 +131,15 @@ def test_files_that_hold_no_rows_are_refused(tmp_path, content):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"rows\.jsonl"):
+        read(path)
+
+
+def test_a_file_that_is_more_than_fits_into_memory_is_refused(tmp_path, monkeypatch):
+    """The bound on lines and the bound on rows together are a hundred gigabytes."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n' * 10)
+    monkeypatch.setattr("edge.runtime.adapting.rows.MOST_BYTES", 100)
+    with pytest.raises(DataError, match="line 8 ends beyond 100 bytes"):
         read(path)
 
 

@@ -45,6 +45,16 @@ def test_it_is_a_dictionary_of_copies(tmp_path_factory, writes):
         assert aside[name].tobytes() == array.tobytes()
 
 
+def test_what_is_cleared_is_not_read_first():
+    """Oracle: the file's own place, which every read moves."""
+    aside = Aside(None, {"x": np.zeros(10), "y": np.ones(3)})
+    place = aside._file.tell()
+    aside.clear()
+    assert (list(aside), aside._file.tell()) == ([], place)
+    aside["x"] = np.arange(4)
+    assert aside["x"].tolist() == [0, 1, 2, 3]
+
+
 def test_nothing_of_it_has_a_name_or_can_be_read(tmp_path):
     """The file as the system shows it to whoever may look into this process: none of the numbers; the same ones differ."""
     row = np.arange(4096, dtype=np.float32)
@@ -71,8 +81,11 @@ def test_a_disk_that_is_full_is_told_with_the_figures_and_what_was_there_stands(
     assert state is not None
     assert (state.facts["step"], wrong) == (2, [])
     aside = Aside(tmp_path, {"x": np.zeros(10)})
-    with pytest.raises(HardwareError, match=r"800000 bytes could not be put aside \(File too large\)"):
+    with pytest.raises(HardwareError, match=r"800000 bytes could not be put aside \(File too large\); make room"):
         aside["x"] = np.zeros(100_000)
+    assert "x" not in aside  # half of it may be written over
+    with pytest.raises(HardwareError, match="nothing can be put aside there"):
+        Aside(tmp_path / "nowhere")
 
 
 def test_room_is_looked_for_before_anything_is_trained(tmp_path):

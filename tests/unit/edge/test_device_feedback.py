@@ -235,9 +235,12 @@ def test_neither_files_nor_logs_nor_errors_hold_what_was_said(model, screen, tmp
         (tmp_path / "feedback.sealed").write_bytes(damaged[:-1])
         broken = say(server, number, rating="down")
         assert (broken.status_code, CANARY in broken.text) == (500, False)
+        assert "feedback cannot be kept here" in broken.text
+        assert "feedback.sealed" not in broken.text
         assert (tmp_path / "feedback.sealed").read_bytes() == damaged[:-1]
     ours = "\n".join(record.getMessage() for record in caplog.records)
     assert "/v1/feedback 200" in ours
+    assert "feedback.sealed: does not open" in ours
     assert CANARY not in ours
     assert all(CANARY.encode() not in path.read_bytes() for path in tmp_path.iterdir())
 

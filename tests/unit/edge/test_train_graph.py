@@ -367,10 +367,11 @@ def test_a_plan_that_points_beyond_the_files_or_holds_less_is_refused(decoder, t
             parsed(wrong, sizes)
     name = next(name for name in plan.tensors if name.endswith("down_proj.weight"))
     for changed, told in [
-        ({each: held for each, held in plan.tensors.items() if each != name}, f"does not say where {name} is"),
-        (plan.tensors | {name: plan.tensors[name].model_copy(update={"shape": (40, 160)})}, "its graph wants"),
+        ({"tensors": {each: held for each, held in plan.tensors.items() if each != name}}, f"does not say where {name} is"),
+        ({"tensors": plan.tensors | {name: plan.tensors[name].model_copy(update={"shape": (40, 160)})}}, "its graph wants"),
+        ({"words": ()}, "none of 0 has a row for each token"),
     ]:
-        poor = written(TrainingPlan.model_construct(**{**dict(plan), "tensors": changed}))
+        poor = written(TrainingPlan.model_construct(**{**dict(plan), **changed}))
         (tmp_path / PLAN).write_bytes(poor)
         import hashlib
 
