@@ -373,7 +373,9 @@ def _apart(rows: Sequence[Example], settings: Settings) -> tuple[list[Example], 
     So a row that measured in one training measures in the next, whatever came to it; and equal rows stay together, or what was
     trained would be measured.
     """
-    count = max(1, round(settings.held_out * len(rows))) if settings.held_out and len(rows) > 1 else 0
+    if not settings.held_out or len(rows) < 2:
+        return [], list(rows)
+    count = max(1, round(settings.held_out * len(rows)))
     groups: dict[bytes, list[Example]] = {}
     for each in rows:
         groups.setdefault(_digest(each), []).append(each)
