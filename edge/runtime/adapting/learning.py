@@ -170,9 +170,11 @@ class Learning:
         if state is not None and not self._holds(state):
             said.append("the state of the unfinished training is not whole; it is given up")
             state = None
-        at = self._begun() if state is None else _Place.of(state, self._trail.folder)
-        if self._task == "dpo":
-            self._passes.refer_to(self._passes.whole(with_tensors(self._adapter, at.start)))
+        if state is None:
+            at = self._begun()
+        else:
+            at = _Place.of(state, self._trail.folder)
+            self._refer_to(with_tensors(self._adapter, at.start))
         stopped = ""
         while not (ended := self._ended(at)) and not (stopped := meter.over()):
             stepped = self._step(at, meter)
@@ -246,9 +248,12 @@ class Learning:
 
     # Where it stands ------------------------------------------------------------------------------------------------------
 
+    def _refer_to(self, start: Adapter) -> None:
+        if self._task == "dpo":  # nothing else needs it in memory
+            self._passes.refer_to(self._passes.whole(start))
+
     def _begun(self) -> "_Place":
-        if self._task == "dpo":
-            self._passes.refer_to(self._passes.whole(self._adapter))
+        self._refer_to(self._adapter)
         own, folder = {name: each.copy() for name, each in tensors(self._adapter).items()}, self._trail.folder
         before = self.measure(self._adapter, self._held_out)
         moments = Aside(folder, self._optimiser.start(own))
