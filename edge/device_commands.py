@@ -312,8 +312,6 @@ def _opened(
     vault: Path | None = None,
 ) -> "Model":
     """The model with its adapters, all of the bundle's where none are named; and with the device's own."""
-    from edge.runtime.adapting.adapt import PERSONAL, in_use
-    from edge.runtime.adapting.sealing import seal_of
     from edge.runtime.model import open as opened
     from edge.runtime.opened_versions import FOLDER
     from edge.runtime.session import Resources
@@ -322,10 +320,19 @@ def _opened(
     model = opened(bundle, trusted(key), state=state, resources=Resources(threads=threads))
     for name in model.manifest.adapters if adapters is None else adapters:
         model.load_adapter(name)
-    seal = seal_of(own, vault_of(vault) if vault else None) if own else None
-    if own is not None and (found := in_use(bundle, model.manifest, existing(own), seal)):
-        model.use_adapter(PERSONAL, found[0], labels=found[1])
+    if own is not None:
+        _use(model, bundle, own, vault)
     return model
+
+
+def _use(model: "Model", bundle: Path, own: Path, vault: Path | None) -> None:
+    """What a device has learnt; a device that learns nothing loads nothing of that."""
+    from edge.runtime.adapting.adapt import PERSONAL, in_use
+    from edge.runtime.adapting.sealing import seal_of
+
+    seal = seal_of(own, vault_of(vault) if vault else None)
+    if found := in_use(bundle, model.manifest, existing(own), seal):
+        model.use_adapter(PERSONAL, found[0], labels=found[1])
 
 
 def _token(variable: str | None) -> str | None:
