@@ -16,7 +16,7 @@ from flwr.clientapp import ClientApp
 from client.arrived import receive
 from client.asked import Asked, read
 from client.audited import Audited
-from client.device_bytes import DeviceBytes, message_bytes
+from client.device_bytes import DeviceBytes
 from client.feedback import with_feedback
 from client.node import Node, from_context
 from client.permitted import note_training, permitted
@@ -122,12 +122,14 @@ def _answer(message: Message, context: Context, work: Callable[[Asked], RecordDi
         told.arrived(message)
         asked = read(message, context)  # who asks, and whether it is new
         told.asked(asked)
-        spent, a_round = DeviceBytes(asked.node, context.state), asked.kind != MessageType.QUERY
-        spent.count(a_round * message_bytes(asked.records))
+        spent = DeviceBytes(asked.node, context.state)
+        if asked.kind != MessageType.QUERY:
+            spent.count_message(asked.records)
         asked = permitted(asked, context)
         answer = work(asked)
         asked.policy.check_upload(payload_bytes(answer))
-        spent.count(a_round * message_bytes(answer))
+        if asked.kind != MessageType.QUERY:
+            spent.count_message(answer)
         told.sent(asked, answer)
         return Message(asked.signed(answer), reply_to=message)
     except FedgeError as error:

@@ -65,6 +65,11 @@ class DeviceBytes:
         days[today] = days.get(today, 0) + number
         self._memory.keep(_NAME, {"days": np.array(list(days), np.int64), "bytes": np.array(list(days.values()), np.int64)})
 
+    def count_message(self, records: RecordDict) -> None:
+        """Counts a message of a round; without a limit it is not looked at."""
+        if self.limit is not None:
+            self.count(message_bytes(records))
+
     def forget(self) -> None:
         """Begins anew."""
         self._memory.forget(_NAME)

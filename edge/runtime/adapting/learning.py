@@ -18,6 +18,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from edge.runtime.adapting.adamw import AdamW, shortening
 from edge.runtime.adapting.aside import Aside
 from edge.runtime.adapting.budget import Meter
+from edge.runtime.adapting.holdout import apart, others
 from edge.runtime.adapting.passes import Example, Figures, Passes
 from edge.runtime.adapting.personal import tensors, with_tensors
 from edge.runtime.adapting.preference import Array
@@ -140,8 +141,8 @@ class Learning:
         self._adapter, self._frozen, self._trail, self._watch = start, frozen or Adapter(), trail, watch
         kept = Aside(trail.folder)
         self._passes = Passes(gradients, self._task, settings.batch_size, beta=settings.beta, frozen=self._frozen, kept=kept)
-        self._held_out, self._training = _apart(examples.rows, settings)
-        self._probe, self._replay = _apart(_others(replay.rows, examples.rows), settings) if replay else ([], [])
+        self._held_out, self._training = apart(examples.rows, settings.held_out)
+        self._probe, self._replay = apart(others(replay.rows, examples.rows), settings.held_out) if replay else ([], [])
         self._unreplayed = bool(replay) and not self._replay
         self._optimiser = AdamW(settings.learning_rate, weight_decay=settings.weight_decay, warmup_steps=settings.warmup_steps)
         self._identity = self._identified(gradients.manifest)
@@ -370,38 +371,6 @@ class _Place:
 
     def no_better(self) -> "_Place":
         return replace(self, worse=self.worse + 1)
-
-
-def _apart(rows: Sequence[Example], settings: Settings) -> tuple[list[Example], list[Example]]:
-    """Rows that measure and rows that train, by a hash of what they say.
-
-    So a row that measured in one training measures in the next, whatever came to it; and equal rows stay together, or what was
-    trained would be measured.
-    """
-    if not settings.held_out or len(rows) < 2:
-        return [], list(rows)
-    count = max(1, round(settings.held_out * len(rows)))
-    groups: dict[bytes, list[Example]] = {}
-    for each in rows:
-        groups.setdefault(_digest(each), []).append(each)
-    held: list[Example] = []
-    trains: list[Example] = []
-    order = sorted(groups)
-    for key in order[:-1]:
-        (held if len(held) < count else trains).extend(groups[key])
-    for key in order[-1:]:  # whatever the share: where nothing trains there is nothing to measure
-        trains.extend(groups[key])
-    return held, trains
-
-
-def _others(replay: Sequence[Example], rows: Sequence[Example]) -> list[Example]:
-    """What is replayed but for what is learnt now: of it some rows measure, and must not train."""
-    now = {_digest(each) for each in rows}
-    return [each for each in replay if _digest(each) not in now]
-
-
-def _digest(example: Example) -> bytes:
-    return hashlib.sha256(json.dumps([list(row.ids) for row in example]).encode()).digest()
 
 
 def _finite(arrays: Mapping[str, Array]) -> bool:

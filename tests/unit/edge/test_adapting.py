@@ -15,7 +15,8 @@ import pytest
 from edge.runtime import gradient
 from edge.runtime.adapting.adapt import Adapted, Device, _verdict, adapt, in_use
 from edge.runtime.adapting.budget import Budget, Meter
-from edge.runtime.adapting.learning import Learning, Learnt, Settings, _apart, new_adapter
+from edge.runtime.adapting.holdout import apart
+from edge.runtime.adapting.learning import Learning, Learnt, Settings, new_adapter
 from edge.runtime.adapting.passes import Figures
 from edge.runtime.adapting.personal import Personal, on_top, tensors
 from edge.runtime.adapting.rows import RowReader
@@ -409,9 +410,9 @@ def test_a_budget_that_ends_in_the_first_measurement_keeps_it(bundle, tmp_path):
 
 @pytest.mark.parametrize(("kinds", "share", "held"), [((1, 7), 0.2, 1), ((1, 1, 1, 1), 0.99, 3), ((8,), 0.5, 0)], ids=str)
 def test_whatever_the_share_something_trains_and_what_can_be_held_back_is(kinds, share, held):
-    rows = [(Row([kind, 1], [kind, 1]),) for kind, count in enumerate(kinds) for _ in range(count)]
-    for seed in range(5):
-        measures, trains = _apart(rows, Settings(held_out=share, seed=seed))
+    for first in range(0, 50, 10):
+        rows = [(Row([kind, 1], [kind, 1]),) for kind, count in enumerate(kinds, first) for _ in range(count)]
+        measures, trains = apart(rows, share)
         assert len(measures) + len(trains) == len(rows)
         assert len(trains) > 0
         assert (len(measures) > 0) == (held > 0)

@@ -7,11 +7,11 @@ import contextlib
 import json
 import logging
 import shutil
-import threading
 import time
 
 import httpx
 import pytest
+import served
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from typer.testing import CliRunner
 
@@ -23,9 +23,8 @@ from edge.runtime.adapting.personal import Personal
 from edge.runtime.adapting.replay import ReplayBuffer
 from edge.runtime.adapting.sealing import VaultSeal
 from edge.runtime.collecting import Collector, Window
-from edge.runtime.listening import RefusedError, Settings
+from edge.runtime.listening import RefusedError
 from edge.runtime.model import open as opened
-from edge.runtime.server import BundleServer
 from edge.runtime.session import Resources
 from protocol.errors import ConfigurationError, DataError, ModelError, VaultError
 from protocol.vault import Vault, make_key_file
@@ -56,14 +55,8 @@ def serving(model, folder=None, screen=None, window=None, limits=None, **chosen)
     """A server, which collects feedback where there is a folder."""
     store = Store(folder, VAULT, limits or Limits()) if folder else None
     collector = Collector(store, screen, window or Window(words_a_minute=1000)) if store else None
-    with BundleServer(model, Settings(port=0, **chosen), collector) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
+    with served.serving(model, collector, **chosen) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")

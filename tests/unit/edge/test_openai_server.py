@@ -18,6 +18,7 @@ import pytest
 from averaging_bundles import averaging
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from served import serving
 from small_bundles import KEY, TRUSTED
 
 from edge.bundle import write_bundle
@@ -79,18 +80,6 @@ def model(exported_decoder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def embedder(tmp_path_factory):
     return opened(averaging(tmp_path_factory.mktemp("embedder") / "mean", "embedder"), TRUSTED)
-
-
-@contextlib.contextmanager
-def serving(model, **chosen):
-    with BundleServer(model, Settings(port=0, **chosen)) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 @pytest.fixture(scope="module")

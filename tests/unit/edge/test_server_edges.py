@@ -2,15 +2,12 @@
 
 import json
 import socket
-import threading
 
 import httpx
 import numpy as np
 import pytest
 from runtime_bundles import concat_decoder, open_tested
-
-from edge.runtime.listening import Settings
-from edge.runtime.server import BundleServer
+from served import serving
 
 TABLE = np.random.default_rng(1).normal(size=(6, 4)).astype(np.float32)
 PLACES = np.random.default_rng(2).normal(size=(12, 4)).astype(np.float32)
@@ -20,12 +17,8 @@ CLIENT = httpx.Client(trust_env=False, timeout=60)
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     model = open_tested(concat_decoder(tmp_path_factory.mktemp("served") / "bundle", TABLE, PLACES))
-    with BundleServer(model, Settings(port=0)) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
+    with serving(model) as server:
         yield server
-        server.shutdown()
-        thread.join()
 
 
 def half_closing(server, version: str, **body) -> bytes:
